@@ -7,6 +7,7 @@ The argument comes first, then what was expected, then what came. The helpers tr
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NoReturn
 
 import torch
@@ -112,5 +113,5 @@ def check_cu_seqlens(cu_seqlens: object, q: torch.Tensor) -> None:
         fail("q", "must have batch size 1 with `cu_seqlens`", q.shape[0], "Flatten the batch into T first")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         values = cu_seqlens.tolist()  # a CPU tensor: nothing to wait for
-        if values[0] != 0 or values[-1] != q.shape[1] or any(a > b for a, b in zip(values, values[1:], strict=False)):
+        if values[0] != 0 or values[-1] != q.shape[1] or any(a > b for a, b in pairwise(values)):
             fail("cu_seqlens", f"must rise from 0 to T={q.shape[1]} without decreasing", values)
