@@ -1,0 +1,312 @@
+"""`MemoryBranch`: the whole path around the memory, from the hidden state to what is added to attention's output."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from allmem_ops._validation import check_bool, check_dtype, check_int, check_shape, fail
+from allmem_ops.layers.config import AllMemConfig
+from allmem_ops.layers.short_conv import ConvTail, short_conv
+from allmem_ops.ops.fusion.api import gated_fusion
+from allmem_ops.ops.ttt_mlp.api import ttt_mlp, ttt_mlp_step
+from allmem_ops.ops.ttt_mlp.state import MemoryState
+
+STEP_TOKENS = 256  # the longest segment that `ttt_mlp_step` takes
+
+
+@dataclass(eq=False)
+class MemoryBranchState:
+    """What one `MemoryBranch` carries from token to token, for N sequences: constant bytes.
+
+    Args:
+        memory: weights, momentum and the open chunk.
+        conv: the convolution's tail.
+        started: whether a token was read; until then gradients reach the initial weights as without a state.
+    """
+
+    memory: MemoryState
+    conv: ConvTail
+    started: bool = False
+
+    @property
+    def batch(self) -> int:
+        """The number of sequences."""
+        return self.conv.batch
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: the same at every position."""
+        return self.memory.nbytes + self.conv.nbytes
+
+    def index_select(self, rows: Tensor | Sequence[int]) -> "MemoryBranchState":
+        """A new state whose row `i` is a copy of row `rows[i]`."""
+        return MemoryBranchState(self.memory.index_select(rows), self.conv.index_select(rows), self.started)
+
+    def copy_(self, rows: Tensor | Sequence[int], other: "MemoryBranchState", other_rows: Tensor | Sequence[int]) -> "MemoryBranchState":
+        """Overwrite row `rows[i]` with row `other_rows[i]` of `other`, in place."""
+        self.memory.copy_(rows, other.memory, other_rows)
+        self.conv.copy_(rows, other.conv, other_rows)
+        self.started |= other.started
+        return self
+
+    def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
+        """Back to the initial weights, for the given sequences or for all."""
+        self.memory.reset(rows)
+        self.conv.reset(rows)
+        self.started &= rows is not None
+
+    def clone(self) -> "MemoryBranchState":
+        """An independent copy."""
+        return MemoryBranchState(self.memory.clone(), self.conv.clone(), self.started)
+
+    def to(self, device: torch.device | str) -> "MemoryBranchState":
+        """The state on another device."""
+        return MemoryBranchState(self.memory.to(device), self.conv.to(device), self.started)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All parts by name."""
+        return {"memory": self.memory.state_dict(), "conv": self.conv.state_dict(), "started": self.started}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "MemoryBranchState":
+        """A state from `state_dict()`'s result; another key or shape is a ValueError."""
+        if set(state) != {"memory", "conv", "started"}:
+            fail("state", "must have the keys memory, conv, started", sorted(state))
+        return cls(MemoryState.from_state_dict(state["memory"]), ConvTail.from_state_dict(state["conv"]), bool(state["started"]))
+
+
+class MemoryBranch(nn.Module):
+    """The memory of one layer with the path around it (spec, "Path around the memory"; arXiv 2602.13680).
+
+        q, k, v = SiLU(conv(Linear(x)));  q, k: RMSNorm per head, then L2 norm per head
+        r = ttt_mlp(q, k, v, w_gate, w_up, w_down, softplus(Linear(x)), sigmoid(Linear(x)))
+        y = attn + alpha * Linear_out(sigmoid(Linear_gate(x)) * RMSNorm_per_head(r))
+
+    Usable in any architecture: it needs the hidden state that attention receives and, to add to, attention's output.
+    alpha starts at zero, so a new branch returns `attn` bit for bit. Parameters may stay float32 while activations
+    are bfloat16: projections run in the activations' dtype, rates, gates, norms and the memory's state in fp32.
+
+    Args:
+        d_model: width of the hidden state.
+        config: shape and rules; `config.window` and `config.sinks` are attention's business and not read here.
+        heads: memory heads H where `config.heads` is None.
+        device, dtype: of the parameters; float32 by default.
+
+    Attributes:
+        in_proj: weight [3*H*d + H*5, d_model] (q, k, v, then eta of gate/up/down, mu, gate logits; a gate per channel
+            has H*d rows, none has no rows); head_bias is the bias of the rows after v.
+        writes: False runs the memory with eta = 0: an adapter that never learns from the text.
+
+    Example:
+        >>> branch = MemoryBranch(64, AllMemConfig(heads=2, head_dim=16, chunk_size=8))
+        >>> x, attn = torch.randn(1, 20, 64), torch.randn(1, 20, 64)
+        >>> torch.equal(branch(x, attn), attn)  # alpha = 0
+        True
+        >>> state = branch.initial_state(batch=1)
+        >>> parts = [branch(piece, state=state) for piece in x.split([13, 7], dim=1)]
+        >>> torch.allclose(torch.cat(parts, 1), branch(x), atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        config: AllMemConfig,
+        *,
+        heads: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        check_int("d_model", d_model, 1)
+        if not isinstance(config, AllMemConfig):
+            fail("config", "must be an AllMemConfig", type(config).__name__)
+        heads = config.heads if config.heads is not None else heads
+        if heads is None:
+            fail("heads", "must be given where `config.heads` is None", None)
+        check_int("heads", heads, 1)
+        self.d_model, self.config, self.heads, self.writes = d_model, config, heads, True
+        d, h = config.head_dim, config.hidden
+        gates = {"head": heads, "channel": heads * d, "none": 0}[config.gate]
+        self.splits = [3 * heads * d, 3 * heads, heads, gates]
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype))
+
+        self.in_proj = nn.Linear(d_model, sum(self.splits), bias=False, device=device, dtype=dtype)
+        self.head_bias = parameter(sum(self.splits[1:]))
+        self.conv_weight = parameter(3 * heads * d, config.conv_size)
+        self.q_norm = parameter(d) if config.qk_norm in ("rms+l2", "rms") else None
+        self.k_norm = parameter(d) if config.qk_norm in ("rms+l2", "rms") else None
+        self.w_gate, self.w_up = parameter(heads, h, d), parameter(heads, h, d)
+        self.w_down = parameter(heads, d, h)
+        self.readout_norm = parameter(d) if config.readout_norm else None
+        self.out_proj = nn.Linear(heads * d, d_model, bias=False, device=device, dtype=dtype)
+        self.alpha = parameter(d_model)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; alpha, the heads' weights and biases and the norms take their start values."""
+        config, bias = self.config, self.head_bias
+        nn.init.normal_(self.in_proj.weight, std=self.d_model**-0.5)
+        self.in_proj.weight[self.splits[0] :].zero_()
+        eta_rows = self.splits[1]
+        bias[:eta_rows] = math.log(math.expm1(config.eta_init))
+        bias[eta_rows : eta_rows + self.heads] = math.log(config.mu_init / (1 - config.mu_init))
+        bias[eta_rows + self.heads :] = math.log(config.gate_init / (1 - config.gate_init))
+        nn.init.uniform_(self.conv_weight, -(config.conv_size**-0.5), config.conv_size**-0.5)
+        for norm in (self.q_norm, self.k_norm, self.readout_norm):
+            if norm is not None:
+                norm.fill_(1)
+        for weight in (self.w_gate, self.w_up, self.w_down):
+            nn.init.normal_(weight, std=config.w_init_scale * weight.shape[-1] ** -0.5)
+        nn.init.normal_(self.out_proj.weight, std=self.out_proj.in_features**-0.5)
+        self.alpha.zero_()
+
+    def initial_state(self, batch: int, dtype: torch.dtype = torch.float32) -> MemoryBranchState:
+        """The state of `batch` sequences that have not begun; `dtype` is that of the activations to come."""
+        check_int("batch", batch, 1)
+        config = self.config
+        memory = MemoryState.initial(
+            self.w_gate.detach(),
+            self.w_up.detach(),
+            self.w_down.detach(),
+            batch=batch,
+            dtype=dtype,
+            **self._memory_options(),
+        )
+        tail = ConvTail.zeros(batch, self.splits[0], config.conv_size, dtype=dtype, device=self.alpha.device)
+        return MemoryBranchState(memory, tail)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn: Tensor | None = None,
+        *,
+        state: MemoryBranchState | None = None,
+        cu_seqlens: Tensor | None = None,
+        active: Tensor | None = None,
+    ) -> Tensor:
+        """attn + alpha * Linear_out(readout); without `attn`, the unscaled Linear_out(readout).
+
+        Args:
+            x: [B, T, d_model], the hidden state that attention receives (after the input norm).
+            attn: [B, T, d_model], attention's output, or None.
+            state: where the N sequences stand (N = B, or the packed sequences); goes on from there and is updated in
+                place. Gradients do not cross it.
+            cu_seqlens: [N+1] offsets of packed sequences (B = 1), or None.
+            active: bool [B], only with a state and up to 256 tokens: the other rows' state stays and they get `attn`
+                (zeros without `attn`).
+
+        Returns:
+            [B, T, d_model] in `x`'s dtype.
+
+        Raises:
+            ValueError: shapes, dtypes or a state that do not fit; the message names the argument.
+        """
+        known = {"d_model": self.d_model}
+        check_shape("x", x, "B T d_model", known)
+        if attn is not None:
+            check_shape("attn", attn, "B T d_model", known)
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if state is not None and state.batch != sequences:
+            fail("state", f"must hold {sequences} sequences", state.batch)
+        if active is not None:
+            if state is None or cu_seqlens is not None or x.shape[1] > STEP_TOKENS:
+                fail("active", f"needs a `state`, no `cu_seqlens` and at most {STEP_TOKENS} tokens", f"{x.shape[1]} tokens")
+            check_shape("active", active, "B", {"B": x.shape[0]})
+            check_dtype("active", active, torch.bool)
+        config = self.config
+        qkv, logits = self._project(x)
+        qkv, tail = short_conv(qkv, self.conv_weight, None if state is None else state.conv.inputs, cu_seqlens)
+        q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, config.head_dim)).unbind(-3)
+        q, k = self._normalise(q, self.q_norm), self._normalise(k, self.k_norm)
+        eta, mu, gate = logits.split(self.splits[1:], -1)
+        eta = F.softplus(eta).unflatten(-1, (self.heads, 3)) if self.writes else torch.zeros_like(eta).unflatten(-1, (self.heads, 3))
+        memory = self._remember(q.to(x.dtype), k.to(x.dtype), v.to(x.dtype), eta, mu.sigmoid(), state, cu_seqlens, active)
+        if state is not None:
+            keep = tail if active is None else torch.where(active[:, None, None], tail, state.conv.inputs)
+            state.conv.inputs.copy_(keep.detach())
+            state.started = True
+        gate = gate.to(x.dtype) if gate.shape[-1] else None
+        readout = gated_fusion(None, memory, None, gate=gate, norm_weight=self.readout_norm, eps=config.norm_eps, impl=config.impl)
+        out = F.linear(readout.flatten(2) if readout.dim() == 4 else readout, self.out_proj.weight.to(x.dtype))
+        if active is not None:
+            out = torch.where(active[:, None, None], out, 0)
+        return out if attn is None else gated_fusion(attn, out, self.alpha, impl=config.impl)
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, heads={self.heads}, head_dim={self.config.head_dim}, hidden={self.config.hidden}"
+
+    def _memory_options(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "chunk_size": config.chunk_size,
+            "norm": config.norm,
+            "residual": config.residual,
+            "grad_clip": config.grad_clip,
+            "eps": config.weight_norm_eps,
+        }
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """One product for everything that is linear in x; the rates' and gates' logits leave it in fp32."""
+        projected = F.linear(x, self.in_proj.weight.to(x.dtype))
+        qkv, logits = projected.split([self.splits[0], sum(self.splits[1:])], -1)
+        return qkv, logits.to(self.head_bias.dtype) + self.head_bias
+
+    def _normalise(self, y: Tensor, weight: Tensor | None) -> Tensor:
+        """RMSNorm and L2 norm of each head, as `config.qk_norm` says."""
+        if weight is not None:
+            y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.config.norm_eps) * weight
+        if self.config.qk_norm in ("rms+l2", "l2"):
+            y = y * torch.rsqrt(y.square().sum(-1, keepdim=True) + self.config.l2_eps)
+        return y
+
+    def _remember(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        eta: Tensor,
+        mu: Tensor,
+        state: MemoryBranchState | None,
+        cu_seqlens: Tensor | None,
+        active: Tensor | None,
+    ) -> Tensor:
+        """Read and write the memory, by the step form for a short segment without gradients."""
+        impl = self.config.impl
+        if state is not None and cu_seqlens is None and q.shape[1] <= STEP_TOKENS and not torch.is_grad_enabled():
+            self._check_options(state)
+            return ttt_mlp_step(q, k, v, eta, mu, state.memory, active=active, impl=impl)
+        if active is not None:
+            fail("active", "needs gradients to be disabled (torch.no_grad)", "gradients enabled")
+        o, after = ttt_mlp(
+            q,
+            k,
+            v,
+            self.w_gate,
+            self.w_up,
+            self.w_down,
+            eta,
+            mu,
+            initial_state=state.memory if state is not None and state.started else None,
+            output_final_state=state is not None,
+            cu_seqlens=cu_seqlens,
+            impl=impl,
+            **self._memory_options(),
+        )
+        if state is not None:
+            rows = range(state.batch)
+            state.memory.copy_(rows, after.detach(), rows)
+        return o
+
+    def _check_options(self, state: MemoryBranchState) -> None:
+        for name, value in self._memory_options().items():
+            if getattr(state.memory, name) != value:
+                fail("state", f"must have been made with {name}={value!r}", repr(getattr(state.memory, name)))
