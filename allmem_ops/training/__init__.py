@@ -1,0 +1,4 @@
+from allmem_ops.training.kl import TokenLosses, forward_kl, token_losses
+from allmem_ops.training.schedule import wsd_factor
+
+__all__ = ["TokenLosses", "forward_kl", "token_losses", "wsd_factor"]
