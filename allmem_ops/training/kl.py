@@ -1,6 +1,6 @@
 """Forward KL and per-token losses straight from hidden states: two full [T, vocab] logit tensors never exist."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -44,8 +44,8 @@ def forward_kl(
     Returns:
         The loss, a scalar in fp32 (float64 for float64 inputs).
 
-    The log-softmax is in fp32, the products take the inputs' dtype. Only `student` has a gradient; it is computed with the loss, chunk by chunk,
-    so that backward needs no second pass over the vocabulary: what is kept is one tensor of `student`'s size.
+    The log-softmax is in fp32, the products take the inputs' dtype. Only `student` has a gradient; it is computed with the loss,
+    chunk by chunk, so that backward needs no second pass over the vocabulary: what is kept is one tensor of `student`'s size.
 
     Raises:
         ValueError: for a wrong shape, dtype or device, and for a `head` or `teacher` that requires a gradient.
@@ -118,7 +118,9 @@ class _ForwardKL(torch.autograd.Function):
     """Sum over the masked tokens of the KL; rows are tokens: student, teacher [N, D], mask [N]."""
 
     @staticmethod
-    def forward(ctx, student, teacher, head, mask, chunk_size):
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, mask: torch.Tensor, chunk_size: int
+    ) -> torch.Tensor:
         needs_grad = ctx.needs_input_grad[0]
         total = None
         grads = []
@@ -136,9 +138,9 @@ class _ForwardKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (d_student,) = ctx.saved_tensors
-        # The factor 1/tokens of a mean is applied here in the accumulator's dtype: before the product it would be rounded with every entry.
+        # The factor 1/tokens of a mean is applied here, once: before the product it would be rounded with every entry.
         return (grad * d_student).to(d_student.dtype), None, None, None, None
 
 

@@ -55,7 +55,7 @@ def test_a_fault_is_found(fault, monkeypatch):
     elif fault == "zero gradient":
         faulted = lambda *a, **k: forward_kl(*a, **k).detach() + 0 * a[0].sum()  # noqa: E731
     elif fault == "mask ignored":
-        faulted = lambda *a, mask=None, **k: forward_kl(*a, **k)  # noqa: E731
+        faulted = lambda *a, **k: forward_kl(*a, **(k | {"mask": None}))  # noqa: E731
     elif fault == "gradient sign":
         faulted = lambda s, *a, **k: (lambda loss: 2 * loss.detach() - loss)(forward_kl(s, *a, **k))  # noqa: E731
     else:
