@@ -108,7 +108,7 @@ class RowState:
         tensor_names, option_names = _fields(cls)
         known = {*tensor_names, *option_names}
         if missing := sorted(known - state.keys()):
-            fail("state", f"must have the keys of {cls.__name__}", f"none of {', '.join(missing)}")
+            fail("state", f"must have the keys of {cls.__name__}", f"a mapping without {', '.join(missing)}")
         if foreign := sorted(map(str, state.keys() - known)):
             fail("state", f"must have only the keys of {cls.__name__}", ", ".join(foreign))
         for name in tensor_names:

@@ -1,0 +1,106 @@
+"""`allmem_ops::swa_chunk` and its backward as library operators: schema, shapes, autograd and FLOP formulas.
+
+`window`, `sinks` and T are run-time arguments of an opaque operator, so torch.compile neither unrolls the loop over
+blocks nor recompiles when they change.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from allmem_ops.ops.precision import accumulator_dtype
+from allmem_ops.ops.swa.chunk import swa_chunk_backward, swa_chunk_forward
+from allmem_ops.ops.swa.geometry import visible_pairs
+
+
+@torch.library.custom_op("allmem_ops::swa_chunk", mutates_args=())
+def swa_chunk(
+    q: Tensor, k: Tensor, v: Tensor, q_sinks: Tensor | None, cu_seqlens: Tensor | None, window: int, sinks: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return swa_chunk_forward(q, k, v, q_sinks, cu_seqlens, window, sinks, scale)
+
+
+@swa_chunk.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
+
+
+@torch.library.custom_op("allmem_ops::swa_chunk_bwd", mutates_args=())
+def swa_chunk_bwd(
+    do: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return swa_chunk_backward(do, dlse, q, k, v, q_sinks, cu_seqlens, o, lse, window, sinks, scale)
+
+
+@swa_chunk_bwd.register_fake
+def _(
+    _do: Tensor, _dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, q_sinks: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq_sinks = q.new_empty(0 if q_sinks is None else q.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dq_sinks
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, q_sinks, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, q_sinks, cu_seqlens, *output)
+
+
+def _backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, q_sinks, cu_seqlens, o, lse = ctx.saved_tensors
+    dq, dk, dv, dq_sinks = swa_chunk_bwd(do, dlse, q, k, v, q_sinks, cu_seqlens, o, lse, *ctx.options)
+    return dq, dk, dv, None if q_sinks is None else dq_sinks, None, None, None, None
+
+
+swa_chunk.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _pair_products(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int, sinks: int) -> int:
+    """Visible pairs of all sequences and query heads, times D."""
+    B, Tq, HQ, D = q.shape
+    if cu_seqlens is None:
+        pairs = B * visible_pairs(Tq, k.shape[1], window, sinks)
+    else:  # counting FLOPs is not a hot path: reading the offsets is fine
+        lengths = cu_seqlens.diff().tolist()
+        pairs = sum(visible_pairs(n, n, window, sinks) for n in lengths)
+    return pairs * HQ * D
+
+
+@register_flop_formula(torch.ops.allmem_ops.swa_chunk, get_raw=True)
+def _flops(
+    q: Tensor, k: Tensor, _v: Tensor, _q_sinks: Tensor | None, cu_seqlens: Tensor | None, window: int, sinks: int, *_: Any, **__: Any
+) -> int:
+    """Two products of D multiply-adds a pair: q k and p v."""
+    return 4 * _pair_products(q, k, cu_seqlens, window, sinks)
+
+
+@register_flop_formula(torch.ops.allmem_ops.swa_chunk_bwd, get_raw=True)
+def _flops_bwd(
+    _do: Tensor,
+    _dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    _v: Tensor,
+    _q_sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    _o: Tensor,
+    _lse: Tensor,
+    window: int,
+    sinks: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Five products a pair: q k again, do v, p do, ds q and ds k."""
+    return 10 * _pair_products(q, k, cu_seqlens, window, sinks)
