@@ -32,6 +32,14 @@ def _poisoning(function: Callable[..., torch.Tensor], package: str) -> Callable[
     return wrapper
 
 
+@functools.cache
+def _let_dynamo_list_torch() -> None:
+    """Dynamo lists torch's functions when it first compiles; an original that it does not find in torch's namespace then is a graph break
+    for the rest of the process. So it compiles something before the first patch (1.5 s, once).
+    """
+    torch.compile(torch.neg, backend="eager")(torch.zeros(1))
+
+
 @contextmanager
 def poisoned_empty(package: str = "allmem_ops") -> Iterator[None]:
     """Inside, `torch.empty`, `empty_like`, `empty_strided` and `Tensor.new_empty` called by modules of `package` return
@@ -39,6 +47,7 @@ def poisoned_empty(package: str = "allmem_ops") -> Iterator[None]:
 
     Callers outside `package`, torch's own Python code among them, get the tensors that they would get without it.
     """
+    _let_dynamo_list_torch()
     names = ("empty", "empty_like", "empty_strided")
     saved = {name: getattr(torch, name) for name in names}
     outer = torch.Tensor.__dict__.get("new_empty")  # set only inside another block of this kind
