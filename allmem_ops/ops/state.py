@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 from torch import Tensor
@@ -12,19 +12,25 @@ from torch import Tensor
 from allmem_ops._validation import check_device, check_dtype, check_shape, check_tensor, fail
 
 
+# A field of a state that all rows share: no row dimension, never written, not copied with the rows.
+Shared = Annotated[Tensor, "shared by all rows"]
+
+
 @functools.cache
-def _fields(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the tensor fields and of the option fields of a dataclass."""
-    hints = typing.get_type_hints(cls)
+def _fields(cls: type) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Names of the tensor fields, of the shared tensor fields and of the option fields of a dataclass."""
+    hints = typing.get_type_hints(cls, include_extras=True)
     names = [f.name for f in dataclasses.fields(cls)]
-    return tuple(n for n in names if hints[n] is Tensor), tuple(n for n in names if hints[n] is not Tensor)
+    kinds = {n: 0 if hints[n] is Tensor else 1 if hints[n] == Shared else 2 for n in names}
+    rows, shared, options = (tuple(n for n in names if kinds[n] == kind) for kind in range(3))
+    return rows, shared, options
 
 
 class RowState:
     """Base of the state dataclasses (`@dataclass(eq=False)`).
 
-    A field annotated `Tensor` holds one row a sequence in dim 0; every other field is an option (int, float, str,
-    bool or None) that all rows share. A subclass adds `reset(rows=None)` and `check()`, which raises `ValueError`
+    A field annotated `Tensor` holds one row a sequence in dim 0, one annotated `Shared` a tensor that is the same for
+    all; every other field is an option (int, float, str, bool or None). A subclass adds `reset(rows=None)` and `check()`, which raises `ValueError`
     for a field whose value, shape or dtype is not legal.
     """
 
@@ -35,9 +41,13 @@ class RowState:
         """The tensor fields by name; dim 0 is the sequence."""
         return {name: getattr(self, name) for name in _fields(type(self))[0]}
 
+    def shared(self) -> dict[str, Tensor]:
+        """The tensors that all rows share, by name."""
+        return {name: getattr(self, name) for name in _fields(type(self))[1]}
+
     def options(self) -> dict[str, Any]:
         """The option fields by name."""
-        return {name: getattr(self, name) for name in _fields(type(self))[1]}
+        return {name: getattr(self, name) for name in _fields(type(self))[2]}
 
     @property
     def batch(self) -> int:
@@ -50,11 +60,12 @@ class RowState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors: the same at every position."""
+        """Bytes of all rows: the same at every position."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
-    def _map(self, function: typing.Callable[[Tensor], Tensor]) -> Self:
-        return type(self)(**{name: function(t) for name, t in self.tensors().items()}, **self.options())
+    def _map(self, function: typing.Callable[[Tensor], Tensor], shared: typing.Callable[[Tensor], Tensor] = lambda t: t) -> Self:
+        rows = {name: function(t) for name, t in self.tensors().items()}
+        return type(self)(**rows, **{name: shared(t) for name, t in self.shared().items()}, **self.options())
 
     def index_select(self, rows: Tensor | Sequence[int]) -> Self:
         """A new state whose row `i` is a copy of row `rows[i]` (beams, forks: a row may be named more than once)."""
@@ -81,7 +92,7 @@ class RowState:
         return self
 
     def clone(self) -> Self:
-        """An independent copy; gradients pass through, as with `Tensor.clone`."""
+        """A copy with rows of its own; gradients pass through, as with `Tensor.clone`."""
         return self._map(Tensor.clone)
 
     def detach(self) -> Self:
@@ -90,11 +101,11 @@ class RowState:
 
     def to(self, device: torch.device | str) -> Self:
         """The state on another device. Dtypes are part of a state's meaning and stay."""
-        return self._map(lambda t: t.to(device))
+        return self._map(lambda t: t.to(device), lambda t: t.to(device))
 
     def state_dict(self) -> dict[str, Any]:
         """All fields by name, options as plain values. The tensors share storage with the state; `clone()` first for a snapshot."""
-        return {name: t.detach() for name, t in self.tensors().items()} | self.options()
+        return {name: t.detach() for name, t in (self.tensors() | self.shared()).items()} | self.options()
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
@@ -105,20 +116,20 @@ class RowState:
         """
         if not isinstance(state, Mapping):
             fail("state", "must be a mapping, as `state_dict()` returns", type(state).__name__)
-        tensor_names, option_names = _fields(cls)
-        known = {*tensor_names, *option_names}
+        row_names, shared_names, option_names = _fields(cls)
+        known = {*row_names, *shared_names, *option_names}
         if missing := sorted(known - state.keys()):
             fail("state", f"must have the keys of {cls.__name__}", f"a mapping without {', '.join(missing)}")
         if foreign := sorted(map(str, state.keys() - known)):
             fail("state", f"must have only the keys of {cls.__name__}", ", ".join(foreign))
-        for name in tensor_names:
+        for name in (*row_names, *shared_names):
             check_tensor(name, state[name])
         for name in option_names:
             if not isinstance(state[name], (int, float, str, type(None))):
                 fail(name, "must be a plain value", type(state[name]).__name__)
         made = cls(**state)
         made.check()
-        return made.detach().clone()
+        return made._map(lambda t: t.detach().clone(), lambda t: t.detach().clone())
 
     def row_index(self, name: str, rows: Tensor | Sequence[int]) -> Tensor:
         """`rows` as an int64 index on the state's device; its values are checked where that needs no host synchronisation."""

@@ -1,0 +1,212 @@
+"""`torch.library` operators of the chunk path: schema, fake, autograd and FLOP formulas. Torch only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from allmem_ops.ops.precision import ieee_float32
+from allmem_ops.ops.ttt_mlp.chain import Memory, Saved, Tokens, backward, forward
+from allmem_ops.ops.ttt_mlp.chunk import Problem
+from allmem_ops.ops.ttt_mlp.layout import Batch, batches, slots
+
+
+def _problem(q: Tensor, norms: Tensor, *, chunk_size: int, norm: str, residual: bool, grad_clip: float | None, eps: float) -> Problem:
+    d = q.shape[-1]
+    return Problem(d, (norms.shape[-1] - d) // 2, q.dtype, chunk_size, norm, residual, grad_clip, eps)
+
+
+def _merge(x: Tensor) -> Tensor:
+    """Sequences and heads as one dimension: [R, H, ...] -> [X, ...]."""
+    return x.flatten(0, 1)
+
+
+def _saved(b: Batch, m: Tensor, w: Tensor, sizes: Tensor) -> Saved:
+    """The part of what the forward saves, [slots, rows, H, ...], that belongs to a batch."""
+    chunks, groups = slice(b.first_chunk, b.first_chunk + b.chunks), slice(b.first_group, b.first_group + len(b.groups))
+    parts = m[chunks, b.column], w[groups, b.column], sizes[chunks, b.column]
+    return Saved(*(x.view(x.shape[0], x.shape[1] * x.shape[2], x.shape[3]) for x in parts))
+
+
+def _memory(b: Batch, w: Tensor, m: Tensor, g: Tensor | None, mu_sum: Tensor | None) -> Memory:
+    held = b.count > 0
+    return Memory(
+        _merge(w[b.states]), _merge(m[b.states]), _merge(g[b.states]) if held else None, _merge(mu_sum[b.states]) if held else None
+    )
+
+
+@torch.library.custom_op("allmem_ops::ttt_mlp_chunk", mutates_args=())
+def ttt_mlp_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    w: Tensor,
+    m: Tensor,
+    norms: Tensor,
+    g: Tensor | None,
+    mu_sum: Tensor | None,
+    count: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    norm: str,
+    residual: bool,
+    grad_clip: float | None,
+    eps: float,
+    group: int,
+    keep_open: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, W, M, open G, open sum of mu, saved M, saved W, saved |G|).
+
+    w, m, g [N, H, 3hd] flat (gate, up, down); norms [H, 2h + d]; mu_sum [N, H]; count [N]. g, mu_sum and count come
+    together or not at all. `keep_open`: the open chunk's sums are wanted; `save`: a backward will follow.
+    """
+    outputs = _outputs(q, w, mu, norms, g is not None, cu_seqlens is not None, chunk_size, group, keep_open, save)
+    o, w_end, m_end, g_end, mu_end, *saved = outputs
+    p = _problem(q, norms, chunk_size=chunk_size, norm=norm, residual=residual, grad_clip=grad_clip, eps=eps)
+    with ieee_float32():
+        for b in batches(q.shape[0], q.shape[1], count, cu_seqlens, chunk_size, group):
+            t = Tokens(*(x[b.rows, b.positions] for x in (q, k, v, eta, mu)))
+            n = _merge(norms.expand(t.q.shape[0], -1, -1))
+            end = forward(p, b, t, _memory(b, w, m, g, mu_sum), n, o[b.rows, b.positions], _saved(b, *saved) if save else None, keep_open)
+            w_end[b.states] = end.w.view(w_end[b.states].shape)
+            m_end[b.states] = end.m.view(m_end[b.states].shape)
+            if keep_open:
+                g_end[b.states] = 0 if end.g is None else end.g.view(g_end[b.states].shape)
+                mu_end[b.states] = 0 if end.mu_sum is None else end.mu_sum.view(mu_end[b.states].shape)
+    return outputs
+
+
+def _outputs(
+    q: Tensor, w: Tensor, mu: Tensor, norms: Tensor, carried: bool, packed: bool, chunk_size: int, group: int, keep_open: bool, save: bool
+) -> tuple[Tensor, ...]:
+    """The operator's results, not yet filled; what is not wanted has no elements."""
+    sequences, heads, size = w.shape
+    rows = 1 if packed else sequences
+    chunks, groups = slots(q.shape[1], sequences if packed else 1, chunk_size, carried, group) if save else (0, 0)
+    open_rows = sequences if keep_open else 0
+    return (
+        q.new_empty(q.shape),
+        w.new_empty(w.shape),
+        w.new_empty(w.shape),
+        w.new_empty(open_rows, heads, size),
+        mu.new_empty(open_rows, heads),
+        w.new_empty(chunks, rows, heads, size),
+        w.new_empty(groups, rows, heads, size),
+        w.new_empty(chunks, rows, heads, 3),
+    )
+
+
+@ttt_mlp_chunk.register_fake
+def _(
+    q, k, v, eta, mu, w, m, norms, g, mu_sum, count, cu_seqlens, chunk_size, norm, residual, grad_clip, eps, group, keep_open, save
+) -> tuple[Tensor, ...]:
+    return _outputs(q, w, mu, norms, g is not None, cu_seqlens is not None, chunk_size, group, keep_open, save)
+
+
+@torch.library.custom_op("allmem_ops::ttt_mlp_chunk_bwd", mutates_args=())
+def ttt_mlp_chunk_bwd(
+    do: Tensor,
+    dw_end: Tensor | None,
+    dm_end: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    w_end: Tensor,
+    m: Tensor,
+    norms: Tensor,
+    mu_sum: Tensor | None,
+    count: Tensor | None,
+    cu_seqlens: Tensor | None,
+    saved_m: Tensor,
+    saved_w: Tensor,
+    saved_sizes: Tensor,
+    chunk_size: int,
+    norm: str,
+    residual: bool,
+    grad_clip: float | None,
+    eps: float,
+    group: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, eta, mu, w, m, norms; those of norms are summed over the sequences in their order."""
+    grads = _gradients(q, k, v, eta, mu, w_end, norms)
+    of_tokens, (dw, dm, dn) = Tokens(*grads[:5]), grads[5:]
+    dn.zero_()
+    p = _problem(q, norms, chunk_size=chunk_size, norm=norm, residual=residual, grad_clip=grad_clip, eps=eps)
+    with ieee_float32():
+        for b in batches(q.shape[0], q.shape[1], count, cu_seqlens, chunk_size, group):
+            t = Tokens(*(x[b.rows, b.positions] for x in (q, k, v, eta, mu)))
+            n = _merge(norms.expand(t.q.shape[0], -1, -1))
+            w_last = _merge(w_end[b.states])
+            s = Memory(w_last, _merge(m[b.states]), None, _merge(mu_sum[b.states]) if b.count else None)
+            last = [torch.zeros_like(w_last) if x is None else _merge(x[b.states]) for x in (dw_end, dm_end)]
+            into = Tokens(*(x[b.rows, b.positions] for x in of_tokens))
+            saved = _saved(b, saved_m, saved_w, saved_sizes)
+            first = backward(p, b, t, do[b.rows, b.positions], s, w_last, n, saved, *last, into)
+            dw[b.states] = first[0].view(dw[b.states].shape)
+            dm[b.states] = first[1].view(dm[b.states].shape)
+            dn += first[2].unflatten(0, (-1, norms.shape[0])).sum(0)
+    return grads
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, w: Tensor, norms: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, eta, mu, w, w, norms))
+
+
+@ttt_mlp_chunk_bwd.register_fake
+def _(do, dw_end, dm_end, q, k, v, eta, mu, w_end, m, norms, *rest) -> tuple[Tensor, ...]:
+    return _gradients(q, k, v, eta, mu, w_end, norms)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, eta, mu, _, m, norms, _, mu_sum, count, cu_seqlens, *options = inputs
+    _, w_end, _, g_end, mu_end, *saved = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(g_end, mu_end, *saved)
+    ctx.save_for_backward(q, k, v, eta, mu, w_end, m, norms, mu_sum, count, cu_seqlens, *saved)
+    ctx.options = options[:6]  # chunk_size, norm, residual, grad_clip, eps, group
+
+
+def _backward(ctx: Any, do: Tensor | None, dw: Tensor | None, dm: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    q = ctx.saved_tensors[0]
+    do = torch.zeros_like(q) if do is None else do
+    grads = ttt_mlp_chunk_bwd(do, dw, dm, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *[None] * 12)
+
+
+ttt_mlp_chunk.register_autograd(_backward, setup_context=_setup_context)
+
+
+def forward_flops(read: int, written: int, heads: int, d: int, h: int) -> int:
+    """Forward: 6*d*h a token and head that is read, 12*d*h more if it is written (A, B, P and three gradients)."""
+    return (6 * read + 12 * written) * heads * d * h
+
+
+def backward_flops(read: int, written: int, heads: int, d: int, h: int) -> int:
+    """Backward, activations recomputed: 16*d*h a token and head that is read, 30*d*h more if it is written."""
+    return (16 * read + 30 * written) * heads * d * h
+
+
+def _work(q: torch.Size, norms: torch.Size, chunk_size: int, keep_open: bool) -> tuple[int, int, int, int, int]:
+    """(read, written, heads, d, h) from shapes: chunks are counted as for one sequence a row that starts at a chunk's edge."""
+    batch, tokens, heads, d = q
+    return batch * tokens, batch * (tokens if keep_open else tokens - tokens % chunk_size), heads, d, (norms[-1] - d) // 2
+
+
+@register_flop_formula(torch.ops.allmem_ops.ttt_mlp_chunk)
+def _(
+    q, k, v, eta, mu, w, m, norms, g, mu_sum, count, cu_seqlens, chunk_size, norm, residual, grad_clip, eps, group, keep_open, save, **_
+) -> int:
+    return forward_flops(*_work(q, norms, chunk_size, keep_open))
+
+
+@register_flop_formula(torch.ops.allmem_ops.ttt_mlp_chunk_bwd)
+def _(
+    do, dw, dm, q, k, v, eta, mu, w_end, m, norms, mu_sum, count, cu_seqlens, saved_m, saved_w, saved_sizes, chunk_size, *options, **_
+) -> int:
+    return backward_flops(*_work(q, norms, chunk_size, False))
