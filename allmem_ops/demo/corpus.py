@@ -50,8 +50,7 @@ class Corpus:
 
     def read(self, file: Path) -> str:
         """A file's text, decoded as Python decodes it."""
-        with tokenize.open(self.root / file) as stream:
-            return stream.read()
+        return _read(self.root / file)
 
 
 def standard_library(root: Path | None = None) -> Corpus:
@@ -69,8 +68,7 @@ def standard_library(root: Path | None = None) -> Corpus:
     root = Path(sysconfig.get_path("stdlib")) if root is None else Path(root)
     files = [p.relative_to(root) for p in root.rglob("*.py")]
     files = [f for f in files if not LEFT_OUT.intersection(f.parts) and not f.name.startswith("_sysconfigdata")]
-    corpus = Corpus(root, (), (), ())
-    texts = {f: text for f in sorted(files, key=_key) if (text := corpus.read(f)).strip()}
+    texts = {f: text for f in sorted(files, key=_key) if (text := _read(root / f)).strip()}
     if not texts:
         fail("root", "must be a directory with Python source files", root)
     held_out = [f for f in texts if int(_key(f), 16) % HELD_OUT_ONE_IN == 0]
@@ -115,7 +113,9 @@ def packed_rows(corpus: Corpus, files: Sequence[Path], tokenizer: Any, *, length
     return _cut(stream, length, rows)
 
 
-def whole_rows(corpus: Corpus, files: Sequence[Path], tokenizer: Any, *, length: int, rows: int | None = None, per_file: int | None = None) -> torch.Tensor:
+def whole_rows(
+    corpus: Corpus, files: Sequence[Path], tokenizer: Any, *, length: int, rows: int | None = None, per_file: int | None = None
+) -> torch.Tensor:
     """Rows of `length` tokens, each within one file and counted from its start: every token's context is its own file.
 
     Args:
@@ -156,6 +156,11 @@ def _cut(ids: list[int], length: int, rows: int | None) -> torch.Tensor:
         fail("rows", f"must be at most {full}, the full rows of {length} tokens that the files hold", rows)
     rows = full if rows is None else rows
     return torch.tensor(ids[: rows * length], dtype=torch.int64).view(rows, length)
+
+
+def _read(path: Path) -> str:
+    with tokenize.open(path) as stream:
+        return stream.read()
 
 
 def _key(file: Path) -> str:
