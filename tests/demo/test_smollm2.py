@@ -85,7 +85,7 @@ def test_a_failed_download_is_one_sentence_with_pips_reason(small_weights, monke
 def test_an_unusable_cache_directory_is_named(small_weights, monkeypatch):
     (small_weights / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(small_weights / "file"))
-    with pytest.raises(ModelUnavailable, match="could not be stored in .*; set XDG_CACHE_HOME"):
+    with pytest.raises(ModelUnavailable, match=r"could not be stored in .*; set XDG_CACHE_HOME"):
         find_weights()
 
 
