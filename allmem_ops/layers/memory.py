@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allmem_ops._validation import check_bool, check_dtype, check_int, check_shape, fail
+from allmem_ops._validation import check_dtype, check_int, check_shape, fail
 from allmem_ops.layers.config import AllMemConfig
 from allmem_ops.layers.short_conv import ConvTail, short_conv
 from allmem_ops.ops.fusion.api import gated_fusion
