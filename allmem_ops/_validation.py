@@ -84,7 +84,7 @@ def check_float(name: str, value: object, above: float | None = None, minimum: f
         fail(name, f"must be greater than {above}", value)
     if minimum is not None and not value >= minimum:
         fail(name, f"must be at least {minimum}", value)
-    if not value < float("inf"):
+    if not float("-inf") < value < float("inf"):
         fail(name, "must be finite", value)
 
 
