@@ -137,12 +137,9 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
 
 def _check_base(saved: dict[str, Any], found: dict[str, Any]) -> None:
     for name, value in found["shape"].items():
-        if saved.get("shape", {}).get(name) != value:
-            fail(
-                "model",
-                f"must be the base model that the memory was trained beside ({name}={saved.get('shape', {}).get(name)!r})",
-                repr(value),
-            )
+        wanted = saved.get("shape", {}).get(name)
+        if wanted != value:
+            fail("model", f"must be the base model that the memory was trained beside, with {name}={wanted!r}", repr(value))
     for index, values in found["q_proj"].items():
         other = saved.get("q_proj", {}).get(index, [])
         scale = max(map(abs, values), default=0.0)

@@ -1,5 +1,6 @@
 """`torch.library` operators of the chunk path: schema, fake, autograd and FLOP formulas. Torch only."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from allmem_ops.ops.precision import ieee_float32
 from allmem_ops.ops.ttt_mlp.chain import Memory, Saved, Tokens, backward, forward
 from allmem_ops.ops.ttt_mlp.chunk import Problem
 from allmem_ops.ops.ttt_mlp.layout import Batch, batches, slots
+from allmem_ops.ops.ttt_mlp.reference import Carry
+from allmem_ops.ops.ttt_mlp.step import step_chunk
 
 
 def _problem(q: Tensor, norms: Tensor, *, chunk_size: int, norm: str, residual: bool, grad_clip: float | None, eps: float) -> Problem:
@@ -64,7 +67,7 @@ def ttt_mlp_chunk(
     w, m, g [N, H, 3hd] flat (gate, up, down); norms [H, 2h + d]; mu_sum [N, H]; count [N]. g, mu_sum and count come
     together or not at all. `keep_open`: the open chunk's sums are wanted; `save`: a backward will follow.
     """
-    outputs = _outputs(q, w, mu, norms, g is not None, cu_seqlens is not None, chunk_size, group, keep_open, save)
+    outputs = _outputs(q, w, g is not None, cu_seqlens is not None, chunk_size, group, keep_open, save)
     o, w_end, m_end, g_end, mu_end, *saved = outputs
     p = _problem(q, norms, chunk_size=chunk_size, norm=norm, residual=residual, grad_clip=grad_clip, eps=eps)
     with ieee_float32():
@@ -81,7 +84,7 @@ def ttt_mlp_chunk(
 
 
 def _outputs(
-    q: Tensor, w: Tensor, mu: Tensor, norms: Tensor, carried: bool, packed: bool, chunk_size: int, group: int, keep_open: bool, save: bool
+    q: Tensor, w: Tensor, carried: bool, packed: bool, chunk_size: int, group: int, keep_open: bool, save: bool
 ) -> tuple[Tensor, ...]:
     """The operator's results, not yet filled; what is not wanted has no elements."""
     sequences, heads, size = w.shape
@@ -93,7 +96,7 @@ def _outputs(
         w.new_empty(w.shape),
         w.new_empty(w.shape),
         w.new_empty(open_rows, heads, size),
-        mu.new_empty(open_rows, heads),
+        w.new_empty(open_rows, heads),
         w.new_empty(chunks, rows, heads, size),
         w.new_empty(groups, rows, heads, size),
         w.new_empty(chunks, rows, heads, 3),
@@ -102,9 +105,28 @@ def _outputs(
 
 @ttt_mlp_chunk.register_fake
 def _(
-    q, k, v, eta, mu, w, m, norms, g, mu_sum, count, cu_seqlens, chunk_size, norm, residual, grad_clip, eps, group, keep_open, save
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    w: Tensor,
+    m: Tensor,
+    norms: Tensor,
+    g: Tensor | None,
+    mu_sum: Tensor | None,
+    count: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    norm: str,
+    residual: bool,
+    grad_clip: float | None,
+    eps: float,
+    group: int,
+    keep_open: bool,
+    save: bool,
 ) -> tuple[Tensor, ...]:
-    return _outputs(q, w, mu, norms, g is not None, cu_seqlens is not None, chunk_size, group, keep_open, save)
+    return _outputs(q, w, g is not None, cu_seqlens is not None, chunk_size, group, keep_open, save)
 
 
 @torch.library.custom_op("allmem_ops::ttt_mlp_chunk_bwd", mutates_args=())
@@ -159,7 +181,20 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, w: Tens
 
 
 @ttt_mlp_chunk_bwd.register_fake
-def _(do, dw_end, dm_end, q, k, v, eta, mu, w_end, m, norms, *rest) -> tuple[Tensor, ...]:
+def _(
+    do: Tensor,
+    dw_end: Tensor | None,
+    dm_end: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    w_end: Tensor,
+    m: Tensor,
+    norms: Tensor,
+    *_: Any,
+) -> tuple[Tensor, ...]:
     return _gradients(q, k, v, eta, mu, w_end, norms)
 
 
@@ -173,13 +208,42 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, do: Tensor | None, dw: Tensor | None, dm: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    q = ctx.saved_tensors[0]
-    do = torch.zeros_like(q) if do is None else do
-    grads = ttt_mlp_chunk_bwd(do, dw, dm, *ctx.saved_tensors, *ctx.options)
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+    do = torch.zeros_like(saved[0]) if do is None else do
+    grads = ttt_mlp_chunk_bwd(do, dw, dm, *saved, *ctx.options)
     return (*grads, *[None] * 12)
 
 
 ttt_mlp_chunk.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("allmem_ops::ttt_mlp_step_chunk", mutates_args=("state",))
+def ttt_mlp_step_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    state: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    active: Tensor | None,
+    chunk_size: int,
+    norm: str,
+    residual: bool,
+    grad_clip: float | None,
+    eps: float,
+) -> Tensor:
+    """o; `state` holds W, M, G of gate, up and down, then mu_sum, count and position, changed in place. No autograd."""
+    *matrices, mu_sum, count, position = state
+    carry = Carry(tuple(matrices[:3]), tuple(matrices[3:6]), tuple(norms), tuple(matrices[6:]), mu_sum, count)
+    p = Problem(q.shape[-1], norms[0].shape[-1], q.dtype, chunk_size, norm, residual, grad_clip, eps)
+    with ieee_float32():
+        return step_chunk(p, q, k, v, eta, mu, carry, position, active)
+
+
+@ttt_mlp_step_chunk.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 def forward_flops(read: int, written: int, heads: int, d: int, h: int) -> int:
@@ -192,21 +256,47 @@ def backward_flops(read: int, written: int, heads: int, d: int, h: int) -> int:
     return (16 * read + 30 * written) * heads * d * h
 
 
-def _work(q: torch.Size, norms: torch.Size, chunk_size: int, keep_open: bool) -> tuple[int, int, int, int, int]:
-    """(read, written, heads, d, h) from shapes: chunks are counted as for one sequence a row that starts at a chunk's edge."""
-    batch, tokens, heads, d = q
-    return batch * tokens, batch * (tokens if keep_open else tokens - tokens % chunk_size), heads, d, (norms[-1] - d) // 2
+def _work(q: Tensor, norms: Tensor, count: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int) -> tuple[int, int, int, int, int]:
+    """(tokens read, tokens in full chunks, heads, d, h) of a call. Counting FLOPs is no hot path: the host may read."""
+    batch, length, heads, d = q.shape
+    plans = batches(batch, length, count, cu_seqlens, chunk_size, 1)
+    written = sum((b.rows.stop - b.rows.start) * g.size for b in plans for g in b.groups)
+    return batch * length, written, heads, d, (norms.shape[-1] - d) // 2
 
 
-@register_flop_formula(torch.ops.allmem_ops.ttt_mlp_chunk)
-def _(
-    q, k, v, eta, mu, w, m, norms, g, mu_sum, count, cu_seqlens, chunk_size, norm, residual, grad_clip, eps, group, keep_open, save, **_
+@register_flop_formula(torch.ops.allmem_ops.ttt_mlp_chunk, get_raw=True)
+def _flops(
+    q: Tensor,
+    _k: Tensor,
+    _v: Tensor,
+    _eta: Tensor,
+    _mu: Tensor,
+    _w: Tensor,
+    _m: Tensor,
+    norms: Tensor,
+    _g: Tensor | None,
+    _mu_sum: Tensor | None,
+    count: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    *options: Any,
+    **_: Any,
 ) -> int:
-    return forward_flops(*_work(q, norms, chunk_size, keep_open))
+    read, written, *sizes = _work(q, norms, count, cu_seqlens, chunk_size)
+    keep_open = options[-2]
+    return forward_flops(read, read if keep_open else written, *sizes)
 
 
-@register_flop_formula(torch.ops.allmem_ops.ttt_mlp_chunk_bwd)
-def _(
-    do, dw, dm, q, k, v, eta, mu, w_end, m, norms, mu_sum, count, cu_seqlens, saved_m, saved_w, saved_sizes, chunk_size, *options, **_
+@register_flop_formula(torch.ops.allmem_ops.ttt_mlp_chunk_bwd, get_raw=True)
+def _flops_bwd(_do: Tensor, _dw: Tensor | None, _dm: Tensor | None, q: Tensor, *rest: Any, **_: Any) -> int:
+    norms, _, count, cu_seqlens, *_, chunk_size = rest[6:14]
+    return backward_flops(*_work(q, norms, count, cu_seqlens, chunk_size))
+
+
+@register_flop_formula(torch.ops.allmem_ops.ttt_mlp_step_chunk, get_raw=True)
+def _flops_step(
+    q: Tensor, _k: Tensor, _v: Tensor, _eta: Tensor, _mu: Tensor, _state: Any, norms: Sequence[Tensor], *_: Any, **__: Any
 ) -> int:
-    return backward_flops(*_work(q, norms, chunk_size, False))
+    """Every token is read and folded into G; a segment's masked tokens are work, not counted."""
+    batch, length, heads, d = q.shape
+    return forward_flops(batch * length, batch * length, heads, d, norms[0].shape[-1])
