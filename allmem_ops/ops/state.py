@@ -11,7 +11,6 @@ from torch import Tensor
 
 from allmem_ops._validation import check_device, check_dtype, check_shape, check_tensor, fail
 
-
 # A field of a state that all rows share: no row dimension, never written, not copied with the rows.
 Shared = Annotated[Tensor, "shared by all rows"]
 
@@ -30,8 +29,8 @@ class RowState:
     """Base of the state dataclasses (`@dataclass(eq=False)`).
 
     A field annotated `Tensor` holds one row a sequence in dim 0, one annotated `Shared` a tensor that is the same for
-    all; every other field is an option (int, float, str, bool or None). A subclass adds `reset(rows=None)` and `check()`, which raises `ValueError`
-    for a field whose value, shape or dtype is not legal.
+    all; every other field is an option (int, float, str, bool or None). A subclass adds `reset(rows=None)` and
+    `check()`, which raises `ValueError` for a field whose value, shape or dtype is not legal.
     """
 
     def check(self) -> None:

@@ -19,9 +19,9 @@ from allmem_ops._validation import (
 from allmem_ops.ops.precision import accumulator_dtype, ieee_float32
 from allmem_ops.ops.ttt_mlp.layout import group_size
 from allmem_ops.ops.ttt_mlp.reference import Carry, Options, row_norms, ttt_mlp_reference
-from allmem_ops.ops.ttt_mlp.registration import ttt_mlp_chunk
-from allmem_ops.ops.ttt_mlp.state import MATRICES, MemoryState, check_options, check_weights
-from allmem_ops.ops.ttt_mlp.step import MAX_STEP_TOKENS, step_chunk, step_reference
+from allmem_ops.ops.ttt_mlp.registration import ttt_mlp_chunk, ttt_mlp_step_chunk
+from allmem_ops.ops.ttt_mlp.state import MemoryState, check_options, check_weights
+from allmem_ops.ops.ttt_mlp.step import MAX_STEP_TOKENS, step_reference
 
 
 class TTTMLPOutput(NamedTuple):
@@ -138,8 +138,8 @@ def ttt_mlp(
 
     weights = (w_gate, w_up, w_down)
     norms = tuple(map(row_norms, weights))
-    run = _chunk if impl == "chunk" else _reference
-    o, end = run(q, k, v, eta, mu, weights, norms, initial_state, sequences, cu_seqlens, options, output_final_state)
+    arguments = q, k, v, eta, mu, weights, norms, initial_state, sequences, cu_seqlens, options
+    o, end = _chunk(*arguments, output_final_state) if impl == "chunk" else _reference(*arguments)
     if not output_final_state:
         return TTTMLPOutput(o, None)
     lengths = q.shape[1] if cu_seqlens is None else cu_seqlens.diff().to(torch.int64)
@@ -209,9 +209,14 @@ def ttt_mlp_step(
         check_shape("active", active, "B", known)
         check_dtype("active", active, torch.bool)
         check_device("active", active, q.device)
-    step = step_chunk if impl == "chunk" else step_reference
-    with torch.no_grad(), ieee_float32():
-        return step(q, k, v, eta, mu, state, active)
+    carry = state.carry()
+    options = Options(state.chunk_size, state.norm, state.residual, state.grad_clip, state.eps)
+    with torch.no_grad():
+        if impl == "reference":
+            with ieee_float32():
+                return step_reference(q, k, v, eta, mu, carry, state.position, active, options)
+        changed = [*carry.w, *carry.m, *carry.g, carry.mu_sum, carry.count, state.position]
+        return ttt_mlp_step_chunk(q, k, v, eta, mu, changed, list(carry.n), active, *options)
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor) -> dict[str, int]:
@@ -252,7 +257,7 @@ _Three = tuple[Tensor, Tensor, Tensor]
 
 def _reference(
     q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, weights: _Three, norms: _Three, state: MemoryState | None,
-    sequences: int, cu_seqlens: Tensor | None, options: Options, output_final_state: bool,
+    sequences: int, cu_seqlens: Tensor | None, options: Options,
 ) -> tuple[Tensor, Carry]:  # fmt: skip
     w = tuple(x.expand(sequences, -1, -1, -1) for x in weights)
     zeros = tuple(map(torch.zeros_like, w))
@@ -267,7 +272,7 @@ def _reference(
 def _chunk(
     q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, weights: _Three, norms: _Three, state: MemoryState | None,
     sequences: int, cu_seqlens: Tensor | None, options: Options, output_final_state: bool,
-) -> tuple[Tensor, Carry]:  # fmt: skip
+) -> tuple[Tensor, Carry | None]:  # fmt: skip
     heads, h, d = weights[0].shape
     if state is None:
         w = _flat(weights).expand(sequences, -1, -1)

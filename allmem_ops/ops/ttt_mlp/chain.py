@@ -107,9 +107,10 @@ def forward(p: Problem, b: Batch, t: Tokens, s: Memory, n: Tensor, o: Tensor, sa
 
 def rebuild(p: Problem, w: Tensor, m: Tensor, n: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(W before the chunk, its write point) for the chunks of a group, from the group's first W and the M after each."""
-    for j in range(m.shape[0]):
-        if j:
-            w = written(p, at, m[j - 1], n)
+    at = write_point(p, w, n)
+    yield w, at
+    for j in range(m.shape[0] - 1):
+        w = written(p, at, m[j], n)
         at = write_point(p, w, n)
         yield w, at
 
@@ -117,7 +118,10 @@ def rebuild(p: Problem, w: Tensor, m: Tensor, n: Tensor) -> Iterator[tuple[Tenso
 def backward(
     p: Problem, b: Batch, t: Tokens, do: Tensor, s: Memory, w_last: Tensor, n: Tensor, saved: Saved, dw: Tensor, dm: Tensor, out: Tokens
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The reverse of `forward`, from the final state's gradients `dw`, `dm`: fills `out`; returns dW_0, dM_0 [X, 3hd] and dN [X, 2h + d]."""
+    """The reverse of `forward`, from the final state's gradients `dw`, `dm`.
+
+    Fills `out`; returns dW_0, dM_0 [X, 3hd] and dN [X, 2h + d].
+    """
     dn = torch.zeros_like(n)
     if b.rest.size:
         dq, dw_read = read_backward(p, heads_first(t.q, b.rest)[0], heads_first(do, b.rest)[0], w_last)

@@ -1,5 +1,6 @@
 """Which tokens form which chunk: plain integers, no tensors but the two that the host reads."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ def batches(batch: int, tokens: int, count: Tensor | None, cu_seqlens: Tensor | 
         ends = cu_seqlens.tolist()
         counts = [0] * (len(ends) - 1) if count is None else count.tolist()
         found, chunk, groups = [], 0, 0
-        for n, (start, stop, held) in enumerate(zip(ends, ends[1:], counts, strict=False)):
+        for n, ((start, stop), held) in enumerate(zip(pairwise(ends), counts, strict=True)):
             one, row = slice(n, n + 1), slice(0, 1)
             found.append(Batch(row, slice(start, stop), one, row, held, *plan(stop - start, held, chunk_size, group), chunk, groups))
             chunk, groups = chunk + found[-1].chunks, groups + len(found[-1].groups)

@@ -3,6 +3,7 @@
 Gradients are autograd's, through the inner gradient as it is written here.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -119,7 +120,7 @@ def ttt_mlp_reference(
         spans = [(slice(b, b + 1), slice(None)) for b in range(q.shape[0])]
     else:
         ends = cu_seqlens.tolist()  # the definition may wait for the device
-        spans = [(slice(0, 1), slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+        spans = [(slice(0, 1), slice(a, b)) for a, b in pairwise(ends)]
     outputs, states = [], []
     for n, (rows, tokens) in enumerate(spans):
         heads_first = (x[rows, tokens].squeeze(0).transpose(0, 1) for x in (q, k, v, eta, mu))

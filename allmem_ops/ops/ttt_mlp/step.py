@@ -6,14 +6,9 @@ from torch import Tensor
 from allmem_ops.ops.precision import accumulator_dtype
 from allmem_ops.ops.ttt_mlp import reference
 from allmem_ops.ops.ttt_mlp.chunk import Problem, clip, descent, read, write_point, written
-from allmem_ops.ops.ttt_mlp.reference import Options
-from allmem_ops.ops.ttt_mlp.state import MemoryState
+from allmem_ops.ops.ttt_mlp.reference import Carry, Options
 
 MAX_STEP_TOKENS = 256
-
-
-def _options(state: MemoryState) -> Options:
-    return Options(state.chunk_size, state.norm, state.residual, state.grad_clip, state.eps)
 
 
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -21,57 +16,54 @@ def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
-def step_reference(q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, state: MemoryState, active: Tensor | None) -> Tensor:
+def step_reference(
+    q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, old: Carry, position: Tensor, active: Tensor | None, options: Options
+) -> Tensor:
     """Token by token, in the words of the reference."""
-    options = _options(state)
     if active is None:
-        active = torch.ones_like(state.count, dtype=torch.bool)
+        active = torch.ones_like(old.count, dtype=torch.bool)
     outputs = []
     for t in range(q.shape[1]):
-        old = state.carry()
         # [B, 1, H, ...] -> [B, H, 1, ...]
         qt, kt, vt, eta_t = (x[:, t : t + 1].transpose(1, 2) for x in (q, k, v, eta))
         o = reference.read(old.w, qt, options.residual).transpose(1, 2)
         at = reference.normalise(old.w, old.n, options.eps) if options.norm == "pre_write" else old.w
         g = tuple(x + y for x, y in zip(old.g, reference.write_gradient(at, kt, vt, eta_t), strict=True))
-        mu_sum, count = old.mu_sum + mu[:, t], old.count + 1
-        w, m = reference.commit(at, old._replace(g=g), mu_sum / options.chunk_size, options)
-        full = count == options.chunk_size
-        zero = tuple(map(torch.zeros_like, g))
+        token = old._replace(g=g, mu_sum=old.mu_sum + mu[:, t], count=old.count + 1)
+        w, m = reference.commit(at, token, token.mu_sum / options.chunk_size, options)
+        full = token.count == options.chunk_size
         new = (
             *(_where(full, x, y) for x, y in zip((*w, *m), (*old.w, *old.m), strict=True)),
-            *(_where(full, x, y) for x, y in zip(zero, g, strict=True)),
+            *(_where(full, torch.zeros_like(x), x) for x in (*g, token.mu_sum, token.count)),
         )
-        for into, x in zip((*old.w, *old.m, *old.g), new, strict=True):
+        for into, x in zip((*old.w, *old.m, *old.g, old.mu_sum, old.count), new, strict=True):
             into.copy_(_where(active, x, into))
-        old.mu_sum.copy_(_where(active, _where(full, torch.zeros_like(mu_sum), mu_sum), old.mu_sum))
-        old.count.copy_(_where(active, torch.where(full, 0, count), old.count))
-        state.position.add_(active)
+        position.add_(active)
         outputs.append(_where(active, o, torch.zeros_like(o)))
     return torch.cat(outputs, 1).to(q.dtype)
 
 
-def step_chunk(q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, state: MemoryState, active: Tensor | None) -> Tensor:
+def step_chunk(
+    p: Problem, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, old: Carry, position: Tensor, active: Tensor | None
+) -> Tensor:
     """Segment by segment: segment s of a row holds its tokens in the s-th chunk that the call touches.
 
     Where a row's segments begin depends on its counter, which stays on the device: segment s is cut from the window of
     tokens that it can hold at any counter, and masked.
     """
     batch, length, heads, d = q.shape
-    old, c = state.carry(), state.chunk_size
-    h = state.w_gate.shape[2]
-    p = Problem(d, h, q.dtype, *_options(state))
+    c = p.chunk_size
     w, m, g = (torch.cat([x.flatten(-2) for x in three], -1).flatten(0, 1) for three in (old.w, old.m, old.g))
     n = torch.cat(old.n, -1).flatten(0, 1)
     mu_sum = old.mu_sum.flatten()
     o = q.new_zeros((batch * heads, length, d), dtype=accumulator_dtype(q.dtype))
     qh, kh, vh, eta_h, mu_h = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, eta, mu))
-    position = old.count[:, None] + torch.arange(length, device=q.device)  # [B, T] from the start of the open chunk
-    chunk = position // c
+    behind = old.count[:, None] + torch.arange(length, device=q.device)  # [B, T] from the start of the open chunk
+    chunk = behind // c
     if active is not None:
         chunk = torch.where(active[:, None], chunk, -1)
     chunk = chunk.repeat_interleave(heads, 0)  # [X, T]
-    last = (position[:, -1:] + 1).repeat_interleave(heads, 0)  # [X, 1] tokens behind the last one
+    end = (old.count + length).repeat_interleave(heads, 0).unsqueeze(-1)  # [X, 1]
     for s in range((length + c - 2) // c + 1):
         window = slice(max(0, (s - 1) * c + 1), min(length, (s + 1) * c))
         mask = (chunk[:, window] == s).unsqueeze(-1)  # [X, t, 1]
@@ -81,7 +73,7 @@ def step_chunk(q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, state: 
         kt, vt, eta_t = (torch.where(mask, x[:, window], 0) for x in (kh, vh, eta_h))
         g = g - descent(p, kt, vt, eta_t, at)
         mu_sum = mu_sum + torch.where(mask[..., 0], mu_h[:, window], 0).sum(-1)
-        full = last >= (s + 1) * c
+        full = end >= (s + 1) * c
         m_full = (mu_sum / c).unsqueeze(-1) * m + clip(p, -g)[0]
         w, m = torch.where(full, written(p, at, m_full, n), w), torch.where(full, m_full, m)
         g, mu_sum = torch.where(full, 0, g), torch.where(full[:, 0], 0, mu_sum)
@@ -91,5 +83,5 @@ def step_chunk(q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, state: 
             x.copy_(_where(keep, part.view(x.shape), x))
     old.mu_sum.copy_(_where(keep, mu_sum.view(batch, heads), old.mu_sum))
     old.count.copy_(_where(keep, (old.count + length) % c, old.count))
-    state.position.add_(keep, alpha=length)
-    return o.view(batch, heads, length, d).transpose(1, 2).to(q.dtype)
+    position.add_(keep, alpha=length)
+    return o.view(batch, heads, length, d).transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format)
