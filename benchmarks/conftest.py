@@ -39,7 +39,7 @@ def timed(benchmark: Callable, device: str, machine: dict[str, float]) -> Callab
         run = runner(case, direction, device)
         benchmark.group = f"{case.op} {direction}"
         benchmark.extra_info["extra_peak_bytes"] = extra_peak_bytes(run, device)
-        benchmark.pedantic(run, rounds=7, warmup_rounds=2)
+        benchmark.pedantic(run, rounds=5, warmup_rounds=1)
         flops, moved = case.work(direction)
         seconds = benchmark.stats.stats.median
         benchmark.extra_info |= {
