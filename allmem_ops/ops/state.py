@@ -1,10 +1,7 @@
 """What every state of a sequence batch can do: rows selected, copied and moved, bytes counted, saved and restored."""
 
-import dataclasses
-import functools
-import typing
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,16 +12,6 @@ from allmem_ops._validation import check_device, check_dtype, check_shape, check
 Shared = Annotated[Tensor, "shared by all rows"]
 
 
-@functools.cache
-def _fields(cls: type) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Names of the tensor fields, of the shared tensor fields and of the option fields of a dataclass."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    names = [f.name for f in dataclasses.fields(cls)]
-    kinds = {n: 0 if hints[n] is Tensor else 1 if hints[n] == Shared else 2 for n in names}
-    rows, shared, options = (tuple(n for n in names if kinds[n] == kind) for kind in range(3))
-    return rows, shared, options
-
-
 class RowState:
     """Base of the state dataclasses (`@dataclass(eq=False)`).
 
@@ -33,20 +20,31 @@ class RowState:
     `check()`, which raises `ValueError` for a field whose value, shape or dtype is not legal.
     """
 
+    _row_names: ClassVar[tuple[str, ...]]
+    _shared_names: ClassVar[tuple[str, ...]]
+    _option_names: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls) -> None:
+        # Sorted here, once, and not by `dataclasses.fields` in the methods: torch.compile cannot trace that on a class.
+        hints = {name: hint for name, hint in get_type_hints(cls, include_extras=True).items() if not name.startswith("_")}
+        cls._row_names = tuple(name for name, hint in hints.items() if hint is Tensor)
+        cls._shared_names = tuple(name for name, hint in hints.items() if hint == Shared)
+        cls._option_names = tuple(name for name in hints if name not in cls._row_names + cls._shared_names)
+
     def check(self) -> None:
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name; dim 0 is the sequence."""
-        return {name: getattr(self, name) for name in _fields(type(self))[0]}
+        return {name: getattr(self, name) for name in self._row_names}
 
     def shared(self) -> dict[str, Tensor]:
         """The tensors that all rows share, by name."""
-        return {name: getattr(self, name) for name in _fields(type(self))[1]}
+        return {name: getattr(self, name) for name in self._shared_names}
 
     def options(self) -> dict[str, Any]:
         """The option fields by name."""
-        return {name: getattr(self, name) for name in _fields(type(self))[2]}
+        return {name: getattr(self, name) for name in self._option_names}
 
     @property
     def batch(self) -> int:
@@ -62,7 +60,7 @@ class RowState:
         """Bytes of all rows: the same at every position."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
-    def _map(self, function: typing.Callable[[Tensor], Tensor], shared: typing.Callable[[Tensor], Tensor] = lambda t: t) -> Self:
+    def _map(self, function: Callable[[Tensor], Tensor], shared: Callable[[Tensor], Tensor] = lambda t: t) -> Self:
         rows = {name: function(t) for name, t in self.tensors().items()}
         return type(self)(**rows, **{name: shared(t) for name, t in self.shared().items()}, **self.options())
 
@@ -115,15 +113,14 @@ class RowState:
         """
         if not isinstance(state, Mapping):
             fail("state", "must be a mapping, as `state_dict()` returns", type(state).__name__)
-        row_names, shared_names, option_names = _fields(cls)
-        known = {*row_names, *shared_names, *option_names}
+        known = {*cls._row_names, *cls._shared_names, *cls._option_names}
         if missing := sorted(known - state.keys()):
             fail("state", f"must have the keys of {cls.__name__}", f"a mapping without {', '.join(missing)}")
         if foreign := sorted(map(str, state.keys() - known)):
             fail("state", f"must have only the keys of {cls.__name__}", ", ".join(foreign))
-        for name in (*row_names, *shared_names):
+        for name in (*cls._row_names, *cls._shared_names):
             check_tensor(name, state[name])
-        for name in option_names:
+        for name in cls._option_names:
             if not isinstance(state[name], (int, float, str, type(None))):
                 fail(name, "must be a plain value", type(state[name]).__name__)
         made = cls(**state)

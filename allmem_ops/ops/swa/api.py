@@ -16,9 +16,8 @@ from allmem_ops._validation import (
     fail,
 )
 from allmem_ops.ops.swa.cache import WindowCache
-from allmem_ops.ops.swa.chunk import swa_step_chunk
 from allmem_ops.ops.swa.reference import swa_reference, swa_step_reference
-from allmem_ops.ops.swa.registration import swa_chunk
+from allmem_ops.ops.swa.registration import swa_chunk, swa_step_chunk
 
 
 def swa(
@@ -167,10 +166,11 @@ def swa_step(
         check_shape("active", active, "B", known)
         check_dtype("active", active, torch.bool)
         check_device("active", active, cache.device, "cache")
+    scale = _scale(scale, q)  # the last check: a refused call leaves the cache as it was
     position = cache.positions.clone()  # `write` moves the cache's own on
     cache.write(k, v, active)
     run = swa_step_reference if impl == "reference" else swa_step_chunk
-    o = run(q, q_sinks, (cache.sink_k, cache.sink_v), (cache.ring_k, cache.ring_v), position, _scale(scale, q))
+    o = run(q, q_sinks, cache.sink_k, cache.sink_v, cache.ring_k, cache.ring_v, position, scale)
     return o if active is None else torch.where(active[:, None, None, None], o, 0)
 
 

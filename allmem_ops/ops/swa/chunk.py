@@ -192,12 +192,18 @@ def _backward_sequence(
     dv.copy_(_unfold(sum_dv, HK, 1))
 
 
-def swa_step_chunk(
-    q: Tensor, q_sinks: Tensor | None, sinks_kv: tuple[Tensor, Tensor], ring_kv: tuple[Tensor, Tensor], position: Tensor, scale: float
+def swa_step_attend(
+    q: Tensor,
+    q_sinks: Tensor | None,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    position: Tensor,
+    scale: float,
 ) -> Tensor:
     """As `swa_step_reference`, the group of a key/value head as the rows of one product, without joining the buffers."""
     B, _, HQ, D = q.shape
-    (sink_k, sink_v), (ring_k, ring_v) = sinks_kv, ring_kv
     sinks, window, HK = sink_k.shape[1], ring_k.shape[1], ring_k.shape[2]
     i = position[:, None, None, None]
     slot = torch.arange(max(window, sinks), device=q.device)

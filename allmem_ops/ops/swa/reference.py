@@ -45,11 +45,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, q_sinks: Tensor | None, far: Tensor
 
 
 def swa_step_reference(
-    q: Tensor, q_sinks: Tensor | None, sinks_kv: tuple[Tensor, Tensor], ring_kv: tuple[Tensor, Tensor], position: Tensor, scale: float
+    q: Tensor,
+    q_sinks: Tensor | None,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    position: Tensor,
+    scale: float,
 ) -> Tensor:
     """Attention of one token a row at index `position` [B], whose key and value the cache's buffers already hold."""
-    sinks, window = sinks_kv[0].shape[1], ring_kv[0].shape[1]
-    k, v = (torch.cat(pair, 1) for pair in zip(sinks_kv, ring_kv, strict=True))
+    sinks, window = sink_k.shape[1], ring_k.shape[1]
+    k, v = torch.cat([sink_k, ring_k], 1), torch.cat([sink_v, ring_v], 1)
     i = position[:, None]
     s, r = torch.arange(sinks, device=q.device), torch.arange(window, device=q.device)
     j = torch.cat([s.expand(len(position), -1), i - (i - sinks - r) % window], 1)  # the token that a slot holds, if it has been written

@@ -1,4 +1,4 @@
-"""`allmem_ops::swa_chunk` and its backward as library operators: schema, shapes, autograd and FLOP formulas.
+"""`allmem_ops::swa_chunk`, its backward and `allmem_ops::swa_step_chunk` as library operators: schema, shapes, autograd and FLOP formulas.
 
 `window`, `sinks` and T are run-time arguments of an opaque operator, so torch.compile neither unrolls the loop over
 blocks nor recompiles when they change.
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from allmem_ops.ops.precision import accumulator_dtype
-from allmem_ops.ops.swa.chunk import swa_chunk_backward, swa_chunk_forward
+from allmem_ops.ops.swa.chunk import swa_chunk_backward, swa_chunk_forward, swa_step_attend
 from allmem_ops.ops.swa.geometry import visible_pairs
 
 
@@ -67,6 +67,25 @@ def _backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
 swa_chunk.register_autograd(_backward, setup_context=_setup_context)
 
 
+@torch.library.custom_op("allmem_ops::swa_step_chunk", mutates_args=())
+def swa_step_chunk(
+    q: Tensor,
+    q_sinks: Tensor | None,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    position: Tensor,
+    scale: float,
+) -> Tensor:
+    return swa_step_attend(q, q_sinks, sink_k, sink_v, ring_k, ring_v, position, scale)
+
+
+@swa_step_chunk.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
 def _pair_products(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int, sinks: int) -> int:
     """Visible pairs of all sequences and query heads, times D."""
     B, Tq, HQ, D = q.shape
@@ -104,3 +123,9 @@ def _flops_bwd(
 ) -> int:
     """Five products a pair: q k again, do v, p do, ds q and ds k."""
     return 10 * _pair_products(q, k, cu_seqlens, window, sinks)
+
+
+@register_flop_formula(torch.ops.allmem_ops.swa_step_chunk, get_raw=True)
+def _flops_step(q: Tensor, _q_sinks: Tensor | None, sink_k: Tensor, _sink_v: Tensor, ring_k: Tensor, *_: Any, **__: Any) -> int:
+    """Two products of D multiply-adds a slot, filled or not: every slot of a cache is read at every step."""
+    return 4 * q.numel() * (sink_k.shape[1] + ring_k.shape[1])
