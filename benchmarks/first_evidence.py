@@ -26,7 +26,7 @@ import torch
 
 from allmem_ops import AllMemConfig
 from allmem_ops.demo import smollm2
-from allmem_ops.demo.arms import ALLMEM, FULL, NO_WRITES, WINDOW, evaluate, written_share
+from allmem_ops.demo.arms import ALLMEM, FULL, NO_WRITES, WINDOW, evaluate, teacher_hidden, written_share
 from allmem_ops.demo.corpus import packed_rows, standard_library, whole_rows
 from allmem_ops.hf import convert, memory_mode, memory_parameters
 from allmem_ops.training import Step, fine_tune
@@ -76,6 +76,7 @@ def arguments() -> argparse.Namespace:
     outer.add_argument("--decay", type=float, default=0.3, help="share of the steps")
     outer.add_argument("--grad-clip", type=float, default=1.0)
     outer.add_argument("--beyond-window", action=switch, default=False, help="train on the positions beyond the window only")
+    outer.add_argument("--cuda-graph", action=switch, default=False, help="replay forward and backward as one CUDA graph")
     outer.add_argument("--checkpointing", action=switch, default=False, help="recompute each layer in backward")
     return parser.parse_args()
 
@@ -146,9 +147,9 @@ class Record:
 
 
 def scores(model: torch.nn.Module, rows: torch.Tensor, options: argparse.Namespace, arms: tuple[str, ...]) -> dict[str, dict]:
-    """Score at the positions beyond the window. Without writes in training, the arm itself is scored without writes."""
+    """Loss and KL at the positions beyond the window."""
     model.eval()
-    found = evaluate(model, rows, first_position=options.window, arms=arms, chunk_size=1024)
+    found = evaluate(model, rows, teacher_hidden(model, rows), first_position=options.window, arms=arms, chunk_size=2048, rows_per_pass=4)
     model.train()
     return {name: {"kl": s.kl, "loss": s.loss} for name, s in found.items()}
 
@@ -211,6 +212,7 @@ def main() -> None:
             decay=int(options.decay * steps),
             grad_clip=options.grad_clip,
             first_position=options.window if options.beyond_window else 0,
+            cuda_graph=options.cuda_graph,
             on_step=show,
         )
     after = scores(model, held_out, options, (FULL, WINDOW, ALLMEM, NO_WRITES) if options.writes else (FULL, WINDOW, NO_WRITES))

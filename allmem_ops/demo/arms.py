@@ -1,7 +1,7 @@
 """The arms that the demo compares, each on the same weights of one converted model, and how they are scored."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -35,47 +35,56 @@ class Score:
 
 
 @torch.no_grad()
+def teacher_hidden(model: Any, rows: torch.Tensor, *, on_pass: Callable[[], Any] = lambda: None) -> list[torch.Tensor]:
+    """The teacher's final hidden states of each row, `[1, T, D]`: they stay the same while the memory trains."""
+    hidden = []
+    with full_attention(model):
+        for row in rows.split(1):
+            hidden.append(final_hidden(model, row))
+            on_pass()
+    return hidden
+
+
+@torch.no_grad()
 def evaluate(
     model: Any,
     rows: torch.Tensor,
+    teacher: Sequence[torch.Tensor],
     *,
     first_position: int,
     arms: tuple[str, ...] = tuple(ARMS),
     chunk_size: int = 256,
-    on_pass: Callable[[], None] = lambda: None,
+    on_pass: Callable[[], Any] = lambda: None,
 ) -> dict[str, Score]:
     """Score arms on held-out rows at the positions from `first_position` on: those whose context the window cuts.
 
     Args:
         model: a converted model.
         rows: `[N, T]` int64 on the model's device.
+        teacher: `teacher_hidden(model, rows)`; it is also what full attention is scored by.
         first_position: the first position that counts; its prediction is the token after it.
-        arms: names from `ARMS`. Full attention always runs: it is the teacher.
+        arms: names from `ARMS`.
         chunk_size: tokens whose logits exist at a time.
-        on_pass: called after each forward pass; there are `N * (1 + arms other than full attention)`.
+        on_pass: called after each forward pass: one a row and arm, none for full attention.
 
     Returns:
         The score of each arm.
     """
     head = model.get_output_embeddings().weight
-    sums = {name: torch.zeros(2, dtype=torch.float64, device=rows.device) for name in arms}
-    for row in rows.split(1):
-        scored = slice(first_position, row.shape[1] - 1)
-        targets = row[:, first_position + 1 :]
-
-        def hidden(name: str, row: torch.Tensor = row, scored: slice = scored) -> torch.Tensor:
-            with ARMS[name](model):
-                out = final_hidden(model, row)[:, scored]
-            on_pass()
-            return out
-
-        teacher = hidden(FULL)
-        for name in arms:
-            student = teacher if name == FULL else hidden(name)
-            losses = token_losses(student, teacher, head, targets, chunk_size=chunk_size)
-            sums[name] += torch.stack([losses.kl.double().sum(), losses.cross_entropy.double().sum()])
-    count = rows.shape[0] * (rows.shape[1] - 1 - first_position)
-    return {name: Score(*(total / count).tolist()) for name, total in sums.items()}
+    scored = slice(first_position, rows.shape[1] - 1)
+    scores = {}
+    for name in arms:
+        total = torch.zeros(2, dtype=torch.float64, device=rows.device)
+        for row, expected in zip(rows.split(1), teacher, strict=True):
+            hidden = expected
+            if name != FULL:
+                with ARMS[name](model):
+                    hidden = final_hidden(model, row)
+                on_pass()
+            losses = token_losses(hidden[:, scored], expected[:, scored], head, row[:, first_position + 1 :], chunk_size=chunk_size)
+            total += torch.stack([losses.kl.double().sum(), losses.cross_entropy.double().sum()])
+        scores[name] = Score(*(total / (rows.shape[0] * (rows.shape[1] - 1 - first_position))).tolist())
+    return scores
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The demo's steps on a given model, tokenizer and corpus."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from allmem_ops import AllMemConfig
 from allmem_ops.cost import MixerShape, cache_bytes
 from allmem_ops.demo import report as reporting
-from allmem_ops.demo.arms import ALLMEM, FULL, NO_WRITES, WINDOW, evaluate, written_share
+from allmem_ops.demo.arms import ALLMEM, FULL, NO_WRITES, WINDOW, Score, evaluate, teacher_hidden, written_share
 from allmem_ops.demo.corpus import Corpus, longest_file, packed_rows, whole_rows
 from allmem_ops.demo.stream import Segment, stream
 from allmem_ops.hf import convert, load_memory, memory_parameters, reconfigure, save_memory
@@ -32,10 +32,10 @@ class Settings:
     chunk_size: int = 64
     length: int = 1024
     steps: int = 24
-    held_out_rows: int = 6
+    held_out_rows: int = 4
     lr: float = 2e-3
     eta_init: float = 1e-2
-    stream_tokens: int = 12288
+    stream_tokens: int = 10240
     segment: int = 512
     seed: int = 0
 
@@ -76,7 +76,10 @@ def run(
     say(f"  alpha = 0 and a window over the whole text: logits differ from the original's by at most {difference:.1e}")
     say(f"  {added / 1e6:.1f} M parameters added to {base / 1e6:.1f} M ({100 * added / base:.1f} %); only they will train")
 
-    before = _compare(model, held_out, settings, (FULL, WINDOW, ALLMEM), "Compare on held-out files, before training", say)
+    say("Teacher: the same weights with full attention, on held-out files")
+    with _bar(len(held_out), "teacher") as bar:
+        teacher = teacher_hidden(model, held_out, on_pass=bar.update)
+    before = _compare(model, held_out, teacher, settings, (FULL, WINDOW, ALLMEM), "Compare on these files, before training", say)
 
     say(f"Fine-tune: {settings.steps} steps of {settings.length} tokens by forward KL to the same weights with full attention")
     with _bar(settings.steps, "fine-tune") as bar:
@@ -98,7 +101,9 @@ def run(
         )
         model.eval()
 
-    after = _compare(model, held_out, settings, (FULL, WINDOW, ALLMEM, NO_WRITES), "Compare on the same files, after training", say)
+    title = "Compare on the same files, after training (the frozen model's own two arms stay as they were)"
+    after = {name: before[name] for name in (FULL, WINDOW)}
+    after |= _compare(model, held_out, teacher, settings, (ALLMEM, NO_WRITES), title, say)
     share = written_share(model, held_out[:1], first_position=settings.window)
 
     shape = MixerShape.from_config(model.config, reconfigure(model), element_size=model.dtype.itemsize)
@@ -130,11 +135,17 @@ def _convert(model: Any, settings: Settings, ids: torch.Tensor) -> float:
 
 
 def _compare(
-    model: Any, rows: torch.Tensor, settings: Settings, arms: tuple[str, ...], title: str, say: Callable[[str], None]
-) -> dict[str, reporting.Score]:
+    model: Any,
+    rows: torch.Tensor,
+    teacher: Sequence[torch.Tensor],
+    settings: Settings,
+    arms: tuple[str, ...],
+    title: str,
+    say: Callable[[str], None],
+) -> dict[str, Score]:
     say(title)
-    with _bar(len(rows) * len(arms), "compare") as bar:
-        scores = evaluate(model, rows, first_position=settings.window, arms=arms, on_pass=lambda: bar.update() and None)
+    with _bar(len(rows) * sum(name != FULL for name in arms), "compare") as bar:
+        scores = evaluate(model, rows, teacher, first_position=settings.window, arms=arms, on_pass=bar.update)
     for name, score in scores.items():
         say(f"  {name:<19} KL {score.kl:.4f}  perplexity {score.perplexity:.3f}")
     return scores

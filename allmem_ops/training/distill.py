@@ -9,6 +9,7 @@ import torch
 
 from allmem_ops._validation import check_float, check_int, check_shape, fail
 from allmem_ops.hf import full_attention, trainable_parameters
+from allmem_ops.training.graph import GraphedStep
 from allmem_ops.training.kl import CHUNK_SIZE, forward_kl
 from allmem_ops.training.schedule import wsd_factor
 
@@ -56,6 +57,7 @@ def fine_tune(
     grad_clip: float = 1.0,
     first_position: int = 0,
     chunk_size: int = CHUNK_SIZE,
+    cuda_graph: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> FineTuneResult:
     """Train the memory of a converted model by forward KL to the same model with full attention.
@@ -74,6 +76,8 @@ def fine_tune(
         grad_clip: threshold on the norm of all gradients together. Default 1.
         first_position: the loss counts positions from here on. Default 0: all.
         chunk_size: tokens whose logits exist at a time.
+        cuda_graph: replay the student's forward and backward as one CUDA graph: batches of one shape, and no change of window,
+            sinks or chunk size between steps. Default False.
         on_step: called after every step.
 
     Returns:
@@ -94,6 +98,14 @@ def fine_tune(
     head = model.get_output_embeddings().weight
     result = FineTuneResult()
     source = iter(batches)
+
+    def student_step(ids: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        student = final_hidden(model, ids)[:, first_position:]
+        loss = forward_kl(student, teacher, head, chunk_size=chunk_size)
+        loss.backward()
+        return loss.detach()
+
+    run_student = GraphedStep(student_step, parameters) if cuda_graph else student_step
     for index in range(steps):
         ids = next(source, None)
         if ids is None:
@@ -107,16 +119,15 @@ def fine_tune(
             group["lr"] = peak * factor
         with torch.no_grad(), full_attention(model):
             teacher = final_hidden(model, ids)[:, first_position:]
-        student = final_hidden(model, ids)[:, first_position:]
-        loss = forward_kl(student, teacher, head, chunk_size=chunk_size)
-        loss.backward()
+        loss = run_student(ids, teacher)
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
         # The one host read of a step: whether to skip is decided here, and the progress line shows both numbers.
-        kl, grad_norm = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        kl, grad_norm = torch.stack([loss.float(), norm.float()]).tolist()
         skipped = not (abs(kl) < float("inf") and grad_norm < float("inf"))
         if not skipped:
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if not cuda_graph:
+            optimizer.zero_grad(set_to_none=True)
         step = Step(index, kl, lr * factor, grad_norm, ids.numel(), time.perf_counter() - start, skipped)
         result.steps.append(step)
         if on_step is not None:

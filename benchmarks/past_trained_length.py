@@ -1,0 +1,74 @@
+"""SmolLM2's loss far past the 8192 tokens it was trained for: window + sinks, clamped and absolute sink positions, no memory.
+
+    python benchmarks/past_trained_length.py [--device cuda] [--output benchmarks/results/cpu/past_trained_length.json]
+
+One long text (standard-library files, one after the other), read in segments through the constant-size cache.
+"""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from allmem_ops import AllMemConfig
+from allmem_ops.demo import smollm2
+from allmem_ops.demo.corpus import packed_rows, standard_library
+from allmem_ops.hf import AllMemCache, convert, memory_mode
+from allmem_ops.training import token_losses
+
+BUCKETS = ((0, 4096), (4096, 8192), (8192, 12288), (12288, 16384), (16384, 20480))
+
+
+@torch.no_grad()
+def losses(model: torch.nn.Module, ids: torch.Tensor, segment: int = 1024) -> list[float]:
+    """Cross-entropy of every next token, read segment by segment."""
+    cache, hidden = AllMemCache(model, 1), []
+    with memory_mode(model, "off"):
+        for part in ids.split(segment, 1):
+            hidden.append(model.model(part, past_key_values=cache).last_hidden_state)
+    last = torch.cat(hidden, 1)[:, :-1]
+    return token_losses(last, last, model.lm_head.weight, ids[:, 1:]).cross_entropy.flatten().tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--tokens", type=Path, help="uint16 .npy rows instead of the tokenizer and the standard library")
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    weights = options.weights or smollm2.find_weights()
+    length = BUCKETS[-1][1]
+    if options.tokens:
+        import numpy as np  # noqa: PLC0415 - only with --tokens
+
+        ids = torch.from_numpy(np.load(options.tokens).astype("int64")).flatten()[None, : length + 1]
+    else:
+        corpus = standard_library()
+        ids = packed_rows(corpus, corpus.held_out, smollm2.load_tokenizer(weights), length=length + 1)[:1]
+    results = {}
+    for name, positions, sinks in (
+        ("clamped", "clamped", options.sinks),
+        ("absolute", "absolute", options.sinks),
+        ("no sinks", "clamped", 0),
+    ):
+        model = smollm2.load_model(weights, dtype=torch.float32, device=options.device).eval()
+        convert(model, AllMemConfig(window=options.window, sinks=sinks, chunk_size=512, sink_positions=positions))
+        found = losses(model, ids.to(options.device))
+        results[name] = [sum(found[a:b]) / (b - a) for a, b in BUCKETS]
+        print(f"{name:9s}", " ".join(f"{x:6.3f}" for x in results[name]), flush=True)
+    worst = max(results["clamped"][3:]) - results["clamped"][1]
+    print(f"clamped, 12k to 20k against 4k to 8k: {worst:+.3f} (asked: within 0.3)")
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        card = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor() or platform.machine()
+        facts = {"device": card, "torch": torch.__version__, "window": options.window, "sinks": options.sinks, "buckets": BUCKETS}
+        options.output.write_text(json.dumps({**facts, "loss": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
