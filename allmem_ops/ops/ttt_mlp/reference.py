@@ -81,7 +81,7 @@ def clip(g: Tensor, threshold: float | None) -> Tensor:
     if threshold is None:
         return g
     size = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True)
-    return torch.where(size > threshold, g * (threshold / size), g)
+    return g * (threshold / size.clamp_min(threshold))
 
 
 def commit(w: tuple[Tensor, ...], c: Carry, mu: Tensor, o: Options) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -37,13 +37,14 @@ def check_options(chunk_size: int, norm: str, residual: bool, grad_clip: float |
     check_float("eps", eps, minimum=0.0)
 
 
-def check_weights(w_gate: Tensor, w_up: Tensor, w_down: Tensor, known: dict[str, int]) -> None:
+def check_weights(w_gate: Tensor, w_up: Tensor, w_down: Tensor, known: dict[str, int], kind: str = "w") -> None:
     """Shapes [H, h, d], [H, h, d], [H, d, h] with the sizes in `known`, one device, float32 or float64 alike."""
-    for name, w, dims in (("w_gate", w_gate, "H h d"), ("w_up", w_up, "H h d"), ("w_down", w_down, "H d h")):
+    for matrix, w, dims in (("gate", w_gate, "H h d"), ("up", w_up, "H h d"), ("down", w_down, "H d h")):
+        name = f"{kind}_{matrix}"
         check_shape(name, w, dims, known)
         check_dtype(name, w, (torch.float32, torch.float64), "the memory's weights are its state")
-        check_dtype(name, w, w_gate.dtype, "the dtype of `w_gate`")
-        check_device(name, w, w_gate.device, "w_gate")
+        check_dtype(name, w, w_gate.dtype, f"the dtype of `{kind}_gate`")
+        check_device(name, w, w_gate.device, f"{kind}_gate")
 
 
 @dataclass(eq=False)
@@ -176,7 +177,7 @@ class MemoryState(RowState):
         check_options(self.chunk_size, self.norm, self.residual, self.grad_clip, self.eps)
         check_choice("dtype", self.dtype, _DTYPES)
         known: dict[str, int] = {}
-        check_weights(self.initial_gate, self.initial_up, self.initial_down, known)
+        check_weights(self.initial_gate, self.initial_up, self.initial_down, known, "initial")
         dtype = accumulator_dtype(_DTYPES[self.dtype])
         floats = [(f"{prefix}_{m}", dims) for prefix in "wmg" for m, dims in zip(MATRICES, ("N H h d", "N H h d", "N H d h"), strict=True)]
         floats += [("n_gate", "N H h"), ("n_up", "N H h"), ("n_down", "N H d"), ("mu_sum", "N H")]

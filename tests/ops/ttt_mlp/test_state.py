@@ -1,0 +1,142 @@
+"""`MemoryState`: rows, bytes, saving, options."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from allmem_ops import MemoryState, ttt_mlp, ttt_mlp_step
+from tests.ops.ttt_mlp.cases import LEARNT, TOKENS, WEIGHTS, assert_equal_to, inputs, outputs, some_state
+
+
+@pytest.fixture
+def x():
+    return inputs(batch=3, grad=False)
+
+
+@pytest.fixture
+def state(x):
+    return some_state(x, 3, 4, [1, 0, 3], grad_clip=0.2).detach()
+
+
+def go_on(state, x):
+    return outputs(ttt_mlp(**x, chunk_size=4, grad_clip=0.2, initial_state=state, output_final_state=True))
+
+
+def test_bytes_are_as_documented_and_constant(x, state):
+    H, h, d = x["w_gate"].shape
+    matrices, row = 3 * H * h * d, H * (2 * h + d) + H
+    assert state.nbytes == 3 * (3 * matrices + row) * 8 + 3 * 2 * 8
+    before = state.nbytes
+    for t in range(6):
+        ttt_mlp_step(*(x[name][:, t : t + 1] for name in TOKENS), state)
+        assert state.nbytes == before
+
+
+def test_initial_state_is_no_state(x):
+    made = MemoryState.initial(*(x[name] for name in WEIGHTS), batch=3, chunk_size=4)
+    assert_equal_to(
+        outputs(ttt_mlp(**x, chunk_size=4, initial_state=made, output_final_state=True)),
+        outputs(ttt_mlp(**x, chunk_size=4, output_final_state=True)),
+        0,
+    )
+
+
+def test_initial_state_passes_gradients_to_the_weights():
+    x = inputs()
+    made = MemoryState.initial(*(x[name] for name in WEIGHTS), batch=2, chunk_size=4)
+    found = torch.autograd.grad(ttt_mlp(**x, chunk_size=4, initial_state=made).o.square().sum(), list(x.values()))
+    want = torch.autograd.grad(ttt_mlp(**x, chunk_size=4).o.square().sum(), list(x.values()))
+    assert_equal_to(dict(zip(x, found, strict=True)), dict(zip(x, want, strict=True)))
+
+
+def test_index_select_forks_rows(x, state):
+    forked = state.index_select([2, 0, 2])
+    x = x | {name: x[name][:1].expand(3, *x[name].shape[1:]) for name in TOKENS}
+    found = go_on(forked, x)
+    for name, t in found.items():
+        assert torch.equal(t[0], t[2]), name
+        assert name.startswith("n_") or not torch.equal(t[0], t[1]), name
+
+
+def test_copy_overwrites_rows_alone(x, state):
+    other = MemoryState.initial(*(x[name] for name in WEIGHTS), batch=2, chunk_size=4, grad_clip=0.2)
+    kept = state.clone()
+    state.copy_([1], other, [0])
+    for name, t in state.tensors().items():
+        assert torch.equal(t[[0, 2]], getattr(kept, name)[[0, 2]]) and torch.equal(t[1], getattr(other, name)[0])
+
+
+@pytest.mark.parametrize("rows", [None, [1], [2, 0]])
+def test_reset_returns_to_the_initial_weights(x, state, rows):
+    kept = state.clone()
+    state.reset(rows)
+    fresh = MemoryState.initial(*(x[name] for name in WEIGHTS), batch=3, chunk_size=4, grad_clip=0.2)
+    for name, t in state.tensors().items():
+        for n in range(3):
+            assert torch.equal(t[n], getattr(fresh if rows is None or n in rows else kept, name)[n])
+
+
+def test_reset_works_on_what_ttt_mlp_returns(x):
+    state = ttt_mlp(**x, chunk_size=4, output_final_state=True).state
+    state.reset()
+    assert_equal_to(
+        outputs(ttt_mlp(**x, chunk_size=4, initial_state=state, output_final_state=True)),
+        outputs(ttt_mlp(**x, chunk_size=4, output_final_state=True)),
+        0,
+    )
+
+
+def test_saved_and_restored(x, state, tmp_path):
+    torch.save(state.state_dict(), tmp_path / "state.pt")
+    restored = MemoryState.from_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert restored.options() == state.options()
+    assert_equal_to(go_on(restored, x), go_on(state, x), 0)
+    restored.reset([0])
+
+
+def test_clones_and_outputs_share_no_storage(x, state):
+    made = ttt_mlp(**x, chunk_size=4, grad_clip=0.2, initial_state=state, output_final_state=True).state
+    fields = [t for s in (state, state.clone(), made) for t in s.tensors().values()]
+    assert len({t.untyped_storage().data_ptr() for t in fields}) == len(fields)
+    assert all(t.is_contiguous() for t in fields)
+
+
+def test_a_state_of_the_reference_goes_on_in_the_chunk_path(x):
+    first = {impl: ttt_mlp(**x, chunk_size=4, output_final_state=True, impl=impl).state for impl in ("reference", "chunk")}
+    found = [outputs(ttt_mlp(**x, chunk_size=4, initial_state=s, output_final_state=True)) for s in first.values()]
+    assert_equal_to(*found)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("count", torch.tensor([0, 4, 0])),
+        ("count", torch.tensor([0, -1, 0])),
+        ("count", torch.zeros(3)),
+        ("w_up", torch.zeros(3, 2, 5, 4, dtype=torch.float64)),
+        ("m_up", torch.zeros(3, 2, 6, 4)),
+        ("n_down", torch.zeros(3, 2, 6, dtype=torch.float64)),
+        ("initial_down", torch.zeros(2, 4, 6)),
+        ("chunk_size", 0),
+        ("norm", "rms"),
+        ("residual", 1),
+        ("grad_clip", -1.0),
+        ("eps", -1e-5),
+        ("dtype", "int8"),
+    ],
+)
+def test_an_illegal_state_is_refused(state, field, value):
+    with pytest.raises(ValueError, match=f"`{field}`"):
+        MemoryState.from_state_dict(state.state_dict() | {field: value})
+    with pytest.raises(ValueError, match=f"`{field}`"):
+        replace(state, **{field: value}).check()
+
+
+def test_momentum_and_weights_keep_their_graph():
+    x = inputs()
+    state = ttt_mlp(**x, chunk_size=4, output_final_state=True).state
+    for name, t in state.tensors().items():
+        assert t.requires_grad == (name in LEARNT), name
+    assert not any(t.requires_grad for t in state.detach().tensors().values())
+    assert not any(t.requires_grad for t in state.shared().values())
