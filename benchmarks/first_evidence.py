@@ -149,7 +149,8 @@ class Record:
 def scores(model: torch.nn.Module, rows: torch.Tensor, options: argparse.Namespace, arms: tuple[str, ...]) -> dict[str, dict]:
     """Loss and KL at the positions beyond the window."""
     model.eval()
-    found = evaluate(model, rows, teacher_hidden(model, rows), first_position=options.window, arms=arms, chunk_size=2048, rows_per_pass=4)
+    teacher = teacher_hidden(model, rows, rows_per_pass=4)
+    found = evaluate(model, rows, teacher, first_position=options.window, arms=arms, chunk_size=2048, rows_per_pass=4)
     model.train()
     return {name: {"kl": s.kl, "loss": s.loss} for name, s in found.items()}
 

@@ -1,7 +1,7 @@
 """The arms that the demo compares, each on the same weights of one converted model, and how they are scored."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -35,25 +35,26 @@ class Score:
 
 
 @torch.no_grad()
-def teacher_hidden(model: Any, rows: torch.Tensor, *, on_pass: Callable[[], Any] = lambda: None) -> list[torch.Tensor]:
-    """The teacher's final hidden states of each row, `[1, T, D]`: they stay the same while the memory trains."""
+def teacher_hidden(model: Any, rows: torch.Tensor, *, rows_per_pass: int = 1, on_pass: Callable[[], Any] = lambda: None) -> torch.Tensor:
+    """The teacher's final hidden states, `[N, T, D]`: they stay the same while the memory trains."""
     hidden = []
     with full_attention(model):
-        for row in rows.split(1):
-            hidden.append(final_hidden(model, row))
+        for part in rows.split(rows_per_pass):
+            hidden.append(final_hidden(model, part))
             on_pass()
-    return hidden
+    return torch.cat(hidden)
 
 
 @torch.no_grad()
 def evaluate(
     model: Any,
     rows: torch.Tensor,
-    teacher: Sequence[torch.Tensor],
+    teacher: torch.Tensor,
     *,
     first_position: int,
     arms: tuple[str, ...] = tuple(ARMS),
     chunk_size: int = 256,
+    rows_per_pass: int = 1,
     on_pass: Callable[[], Any] = lambda: None,
 ) -> dict[str, Score]:
     """Score arms on held-out rows at the positions from `first_position` on: those whose context the window cuts.
@@ -65,7 +66,8 @@ def evaluate(
         first_position: the first position that counts; its prediction is the token after it.
         arms: names from `ARMS`.
         chunk_size: tokens whose logits exist at a time.
-        on_pass: called after each forward pass: one a row and arm, none for full attention.
+        rows_per_pass: rows of one forward pass.
+        on_pass: called after each forward pass; there are none for full attention.
 
     Returns:
         The score of each arm.
@@ -75,13 +77,13 @@ def evaluate(
     scores = {}
     for name in arms:
         total = torch.zeros(2, dtype=torch.float64, device=rows.device)
-        for row, expected in zip(rows.split(1), teacher, strict=True):
+        for part, expected in zip(rows.split(rows_per_pass), teacher.split(rows_per_pass), strict=True):
             hidden = expected
             if name != FULL:
                 with ARMS[name](model):
-                    hidden = final_hidden(model, row)
+                    hidden = final_hidden(model, part)
                 on_pass()
-            losses = token_losses(hidden[:, scored], expected[:, scored], head, row[:, first_position + 1 :], chunk_size=chunk_size)
+            losses = token_losses(hidden[:, scored], expected[:, scored], head, part[:, first_position + 1 :], chunk_size=chunk_size)
             total += torch.stack([losses.kl.double().sum(), losses.cross_entropy.double().sum()])
         scores[name] = Score(*(total / (rows.shape[0] * (rows.shape[1] - 1 - first_position))).tolist())
     return scores

@@ -1,7 +1,7 @@
 """The demo's steps on a given model, tokenizer and corpus."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def _convert(model: Any, settings: Settings, ids: torch.Tensor) -> float:
 def _compare(
     model: Any,
     rows: torch.Tensor,
-    teacher: Sequence[torch.Tensor],
+    teacher: torch.Tensor,
     settings: Settings,
     arms: tuple[str, ...],
     title: str,
