@@ -30,7 +30,13 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def ieee_float32() -> Iterator[None]:
-    """Inside, float32 matrix products on CUDA are IEEE float32, whatever the process has set."""
+    """Inside, float32 matrix products on CUDA are IEEE float32, whatever the process has set.
+
+    Traced by torch.compile it does nothing, because the setting cannot be traced: operator bodies are not traced, a reference is.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
     flags = torch.backends.cuda.matmul
     before = flags.fp32_precision
     if before == "ieee":

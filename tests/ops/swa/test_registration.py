@@ -56,6 +56,13 @@ def test_compiles_whole_and_does_not_recompile_for_other_lengths_windows_and_sin
             compare(T, window, sinks)
 
 
+def test_reference_compiles_whole():
+    torch._dynamo.reset()
+    x = inputs(20, far=True)
+    compiled = torch.compile(lambda x: swa(**x, window=6, sinks=2, impl="reference"), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), swa(**x, window=6, sinks=2))
+
+
 def test_packed_call_compiles_whole():
     torch._dynamo.reset()
     x, cu_seqlens = inputs(30), torch.tensor([0, 11, 30])

@@ -269,6 +269,25 @@ def test_a_fault_fails_the_comparison(fault, monkeypatch):
         assert_same(results(x, "chunk", window=20, sinks=3), want)
 
 
+EDGES = {"a token sees the next one": ("after", 1), "a key stays in the window one token too long": ("upto", -1)}
+
+
+@pytest.mark.parametrize("triangle, shift", EDGES.values(), ids=EDGES.keys())
+def test_a_shifted_mask_fails_the_comparison(triangle, shift, monkeypatch):
+    x = inputs(140)
+    want = results(x, "reference", window=20, sinks=3)
+
+    class Shifted(chunk._Triangles):
+        def __init__(self, *args):
+            super().__init__(*args)
+            row = torch.arange(len(self.after))
+            setattr(self, triangle, row > row[:, None] + shift if triangle == "after" else row <= row[:, None] + shift)
+
+    monkeypatch.setattr(chunk, "_Triangles", Shifted)
+    with pytest.raises(AssertionError):
+        assert_same(results(x, "chunk", window=20, sinks=3), want)
+
+
 @pytest.mark.parametrize("name", ["o", "lse", "dq", "dk", "dv", "dq_sinks"])
 def test_a_zeroed_tensor_fails_the_budget(name):
     x = inputs(65, dtype=torch.bfloat16, D=16, far=True)
