@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from allmem_ops import swa
 from allmem_ops.ops.swa import chunk, registration
@@ -223,6 +224,30 @@ def test_inputs_stay_as_they_are_and_a_second_backward_agrees():
     first, second = (torch.autograd.grad(o.sum(), list(x.values()), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(x[name].detach(), before[name]) for name in x)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("T", [2000, 8000])
+def test_no_tensor_is_larger_than_the_inputs_or_one_block_of_scores(T):
+    window, sinks, size = 100, 5, 64
+    x = {name: t.detach() for name, t in inputs(T, HQ=2, HK=1, dtype=torch.float32).items()}
+    args = (x["q"], x["k"], x["v"], None, None)
+    with LargestTensor() as largest:
+        o, lse = chunk.swa_chunk_forward(*args, window, sinks, 1.0)
+        chunk.swa_chunk_backward(o, lse, *args, o, lse, window, sinks, 1.0)
+    assert largest.numel <= max(x["q"].numel(), 2 * size * (size + window - 1))
 
 
 # Faults put in on purpose: each must fail the comparison that the tests above rest on.
