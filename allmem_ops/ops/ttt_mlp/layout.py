@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from allmem_ops._validation import fail
+
 # The work of a group of chunks, in elements of [tokens, h] and of states, that is held at once. A CPU gains nothing
 # from larger batches; a GPU saves launches, and 2**24 keeps a group's fp32 intermediates below 0.5 GiB.
 GROUP_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
@@ -63,7 +65,11 @@ def slots(tokens: int, sequences: int, chunk_size: int, carried: bool, group: in
     """Upper bounds, from shapes alone, of the written chunks and of their groups.
 
     `tokens` in all: with `cu_seqlens` over the `sequences` that follow each other, else of one sequence (sequences=1).
+    For one sequence that carries nothing in they are exact.
     """
+    if sequences == 1 and not carried:
+        chunks = tokens // chunk_size
+        return chunks, (chunks + group - 1) // group
     chunks = (tokens + (sequences * (chunk_size - 1) if carried else 0)) // chunk_size
     return chunks, chunks // group + sequences * (2 if carried else 1)
 
@@ -71,18 +77,22 @@ def slots(tokens: int, sequences: int, chunk_size: int, carried: bool, group: in
 def batches(batch: int, tokens: int, count: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int, group: int) -> list[Batch]:
     """What runs side by side, in the order in which it runs.
 
-    Chunk edges decide shapes, so the host reads `cu_seqlens` and `count` here, once per call.
+    Chunk edges decide shapes, so the host reads `cu_seqlens` and `count` here, once per call, and can check them.
     """
-    if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
-        counts = [0] * (len(ends) - 1) if count is None else count.tolist()
+    ends = None if cu_seqlens is None else cu_seqlens.tolist()
+    sequences = batch if ends is None else len(ends) - 1
+    counts = [0] * sequences if count is None else count.tolist()
+    if not all(0 <= n < chunk_size for n in counts):
+        fail("initial_state.count", f"must lie in [0, {chunk_size}), `chunk_size`", counts)
+    if ends is not None:
+        if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in pairwise(ends)):
+            fail("cu_seqlens", f"must rise from 0 to T={tokens} without decreasing", ends)
         found, chunk, groups = [], 0, 0
         for n, ((start, stop), held) in enumerate(zip(pairwise(ends), counts, strict=True)):
             one, row = slice(n, n + 1), slice(0, 1)
             found.append(Batch(row, slice(start, stop), one, row, held, *plan(stop - start, held, chunk_size, group), chunk, groups))
             chunk, groups = chunk + found[-1].chunks, groups + len(found[-1].groups)
         return found
-    counts = [0] * batch if count is None else count.tolist()
     together = len(set(counts)) == 1
     rows = [slice(0, batch)] if together else [slice(n, n + 1) for n in range(batch)]
     return [Batch(r, slice(0, tokens), r, r, counts[r.start], *plan(tokens, counts[r.start], chunk_size, group), 0, 0) for r in rows]

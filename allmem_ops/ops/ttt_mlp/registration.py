@@ -67,7 +67,7 @@ def ttt_mlp_chunk(
     w, m, g [N, H, 3hd] flat (gate, up, down); norms [H, 2h + d]; mu_sum [N, H]; count [N]. g, mu_sum and count come
     together or not at all. `keep_open`: the open chunk's sums are wanted; `save`: a backward will follow.
     """
-    outputs = _outputs(q, w, g is not None, cu_seqlens is not None, chunk_size, group, keep_open, save)
+    outputs = _outputs(q, w, g is not None, cu_seqlens is not None, chunk_size, grad_clip is not None, group, keep_open, save)
     o, w_end, m_end, g_end, mu_end, *saved = outputs
     p = _problem(q, norms, chunk_size=chunk_size, norm=norm, residual=residual, grad_clip=grad_clip, eps=eps)
     with ieee_float32():
@@ -84,12 +84,14 @@ def ttt_mlp_chunk(
 
 
 def _outputs(
-    q: Tensor, w: Tensor, carried: bool, packed: bool, chunk_size: int, group: int, keep_open: bool, save: bool
+    q: Tensor, w: Tensor, carried: bool, packed: bool, chunk_size: int, clipped: bool, group: int, keep_open: bool, save: bool
 ) -> tuple[Tensor, ...]:
     """The operator's results, not yet filled; what is not wanted has no elements."""
     sequences, heads, size = w.shape
     rows = 1 if packed else sequences
     chunks, groups = slots(q.shape[1], sequences if packed else 1, chunk_size, carried, group) if save else (0, 0)
+    # Where the slots are an upper bound, the spare ones are zeros: two calls return equal tensors.
+    new = w.new_zeros if packed or carried else w.new_empty
     open_rows = sequences if keep_open else 0
     return (
         q.new_empty(q.shape),
@@ -97,9 +99,9 @@ def _outputs(
         w.new_empty(w.shape),
         w.new_empty(open_rows, heads, size),
         w.new_empty(open_rows, heads),
-        w.new_empty(chunks, rows, heads, size),
-        w.new_empty(groups, rows, heads, size),
-        w.new_empty(chunks, rows, heads, 3),
+        new(chunks, rows, heads, size),
+        new(groups, rows, heads, size),
+        new(chunks if clipped else 0, rows, heads, 3),
     )
 
 
@@ -126,7 +128,7 @@ def _(
     keep_open: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
-    return _outputs(q, w, g is not None, cu_seqlens is not None, chunk_size, group, keep_open, save)
+    return _outputs(q, w, g is not None, cu_seqlens is not None, chunk_size, grad_clip is not None, group, keep_open, save)
 
 
 @torch.library.custom_op("allmem_ops::ttt_mlp_chunk_bwd", mutates_args=())

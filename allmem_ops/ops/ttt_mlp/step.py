@@ -84,4 +84,4 @@ def step_chunk(
     old.mu_sum.copy_(_where(keep, mu_sum.view(batch, heads), old.mu_sum))
     old.count.copy_(_where(keep, (old.count + length) % c, old.count))
     position.add_(keep, alpha=length)
-    return o.view(batch, heads, length, d).transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format)
+    return o.view(batch, heads, length, d).transpose(1, 2).to(q.dtype).contiguous()

@@ -1,5 +1,7 @@
 """Properties of `ttt_mlp` that hold for every input, drawn by hypothesis."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +22,7 @@ def test_split_equals_one_pass(cuts, chunk_size, norm, grad_clip, impl):
     options = {"chunk_size": chunk_size, "norm": norm, "grad_clip": grad_clip, "output_final_state": True, "impl": impl}
     whole = outputs(ttt_mlp(**x, **options))
     state, parts, edges = None, [], [0, *sorted(cuts), 17]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         o, state = ttt_mlp(**tokens(x, start, stop), initial_state=state, **options)
         parts.append(o)
     assert_equal_to({"o": torch.cat(parts, 1)} | state.tensors(), whole)
@@ -43,7 +45,7 @@ def test_packed_equals_separate(lengths, chunk_size, norm, grad_clip, impl):
     x = inputs(batch=1, length=int(ends[-1]))
     options = {"chunk_size": chunk_size, "norm": norm, "grad_clip": grad_clip, "output_final_state": True, "impl": impl}
     packed = outputs(ttt_mlp(**x, cu_seqlens=ends, **options))
-    separate = [outputs(ttt_mlp(**tokens(x, a, b), **options)) for a, b in zip(ends, ends[1:], strict=False)]
+    separate = [outputs(ttt_mlp(**tokens(x, a, b), **options)) for a, b in pairwise(ends)]
     joined = {name: torch.cat([s[name] for s in separate], 1 if name == "o" else 0) for name in packed}
     assert_equal_to(packed | gradients(packed, x), joined | gradients(joined, x))
 
