@@ -1,10 +1,10 @@
 """The precision rule of every PyTorch path: operands keep their dtype, sums are fp32 (float64 for float64).
 
-`float32` never means tf32: operator bodies run inside `ieee_float32()`.
+`float32` never means tf32, nor what autocast would make of it: operator bodies run inside `ieee_float32()`.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -30,20 +30,22 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def ieee_float32() -> Iterator[None]:
-    """Inside, float32 matrix products on CUDA are IEEE float32, whatever the process has set.
+    """Inside, float32 matrix products are IEEE float32, whatever the process has set: no tf32 on CUDA, no autocast.
 
-    Traced by torch.compile it does nothing, because the setting cannot be traced: operator bodies are not traced, a reference is.
+    (Autocast passes through an operator of torch.library and would act inside its body: measured, a float32 `swa` came out
+    with bf16's error.) Traced by torch.compile it does nothing, because the settings cannot be traced: operator bodies are
+    not traced, a reference is.
     """
     if torch.compiler.is_compiling():
         yield
         return
     flags = torch.backends.cuda.matmul
     before = flags.fp32_precision
-    if before == "ieee":
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if before != "ieee":
+            flags.fp32_precision = "ieee"
+            stack.callback(setattr, flags, "fp32_precision", before)
         yield
-        return
-    flags.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        flags.fp32_precision = before

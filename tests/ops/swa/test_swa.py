@@ -204,6 +204,18 @@ def test_one_token_attends_itself(dtype):
         torch.testing.assert_close(got[name].double(), exact[name], rtol=0, atol=(torch.finfo(got[name].dtype).eps + 60 * 2**-24) * size)
 
 
+@pytest.mark.parametrize("impl", ["reference", "chunk"])
+def test_autocast_changes_nothing(impl):
+    x = inputs(70, dtype=torch.float32)
+    want = results(x, impl, window=9, sinks=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results(x, impl, window=9, sinks=2)
+    names = (
+        want if impl == "chunk" else ("o", "lse")
+    )  # the reference's gradients are those of ordinary autograd, which here runs under autocast
+    assert all(torch.equal(got[name], want[name]) for name in names)
+
+
 def test_large_scores_stay_finite():
     x = inputs(70, dtype=torch.float32, D=16)
     x = {name: (t * 100).detach().requires_grad_() for name, t in x.items()}
