@@ -56,14 +56,13 @@ def step_chunk(
     w, m, g = (torch.cat([x.flatten(-2) for x in three], -1).flatten(0, 1) for three in (old.w, old.m, old.g))
     n = torch.cat(old.n, -1).flatten(0, 1)
     mu_sum = old.mu_sum.flatten()
-    o = q.new_zeros((batch * heads, length, d), dtype=accumulator_dtype(q.dtype))
     qh, kh, vh, eta_h, mu_h = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, eta, mu))
-    behind = old.count[:, None] + torch.arange(length, device=q.device)  # [B, T] from the start of the open chunk
-    chunk = behind // c
-    if active is not None:
-        chunk = torch.where(active[:, None], chunk, -1)
-    chunk = chunk.repeat_interleave(heads, 0)  # [X, T]
-    end = (old.count + length).repeat_interleave(heads, 0).unsqueeze(-1)  # [X, 1]
+    if active is None:
+        active = torch.ones_like(old.count, dtype=torch.bool)
+    rows = active.repeat_interleave(heads, 0)  # [X]
+    behind = (old.count[:, None] + torch.arange(length, device=q.device)).repeat_interleave(heads, 0)  # [X, T] from the open chunk's start
+    chunk = torch.where(rows[:, None], behind // c, -1)
+    o = q.new_zeros((batch * heads, length, d), dtype=accumulator_dtype(q.dtype))
     for s in range((length + c - 2) // c + 1):
         window = slice(max(0, (s - 1) * c + 1), min(length, (s + 1) * c))
         mask = (chunk[:, window] == s).unsqueeze(-1)  # [X, t, 1]
@@ -71,17 +70,18 @@ def step_chunk(
         at = write_point(p, w, n)
         # Masked before the products: what belongs to another chunk or row may be anything, and 0 * NaN is NaN.
         kt, vt, eta_t = (torch.where(mask, x[:, window], 0) for x in (kh, vh, eta_h))
-        g = g - descent(p, kt, vt, eta_t, at)
-        mu_sum = mu_sum + torch.where(mask[..., 0], mu_h[:, window], 0).sum(-1)
-        full = end >= (s + 1) * c
-        m_full = (mu_sum / c).unsqueeze(-1) * m + clip(p, -g)[0]
-        w, m = torch.where(full, written(p, at, m_full, n), w), torch.where(full, m_full, m)
-        g, mu_sum = torch.where(full, 0, g), torch.where(full[:, 0], 0, mu_sum)
-    keep = torch.ones_like(old.count, dtype=torch.bool) if active is None else active
+        total = g - descent(p, kt, vt, eta_t, at)
+        mu_total = mu_sum + torch.where(mask[..., 0], mu_h[:, window], 0).sum(-1)
+        full = rows & (behind[:, -1] + 1 >= (s + 1) * c)
+        m_full = torch.addcmul(clip(p, -total)[0], m, (mu_total / c).unsqueeze(-1))
+        w, m = (torch.where(full[:, None], new, kept) for new, kept in ((written(p, at, m_full, n), w), (m_full, m)))
+        # An inactive row keeps its bits: g - 0 would turn -0 into 0.
+        g = torch.where(rows[:, None], total.masked_fill_(full[:, None], 0), g)
+        mu_sum = torch.where(rows, mu_total.masked_fill_(full, 0), mu_sum)
     for into, flat in zip((old.w, old.m, old.g), (w, m, g), strict=True):
         for x, part in zip(into, flat.chunk(3, -1), strict=True):
-            x.copy_(_where(keep, part.view(x.shape), x))
-    old.mu_sum.copy_(_where(keep, mu_sum.view(batch, heads), old.mu_sum))
-    old.count.copy_(_where(keep, (old.count + length) % c, old.count))
-    position.add_(keep, alpha=length)
+            x.copy_(part.view(x.shape))
+    old.mu_sum.copy_(mu_sum.view(batch, heads))
+    old.count.copy_(torch.where(active, (old.count + length) % c, old.count))
+    position.add_(active, alpha=length)
     return o.view(batch, heads, length, d).transpose(1, 2).to(q.dtype).contiguous()
