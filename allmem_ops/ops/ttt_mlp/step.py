@@ -70,13 +70,15 @@ def step_chunk(
         at = write_point(p, w, n)
         # Masked before the products: what belongs to another chunk or row may be anything, and 0 * NaN is NaN.
         kt, vt, eta_t = (torch.where(mask, x[:, window], 0) for x in (kh, vh, eta_h))
-        total = g - descent(p, kt, vt, eta_t, at)
+        d_total = descent(p, kt, vt, eta_t, at).sub_(g)  # -G of the open chunk
         mu_total = mu_sum + torch.where(mask[..., 0], mu_h[:, window], 0).sum(-1)
         full = rows & (behind[:, -1] + 1 >= (s + 1) * c)
-        m_full = torch.addcmul(clip(p, -total)[0], m, (mu_total / c).unsqueeze(-1))
-        w, m = (torch.where(full[:, None], new, kept) for new, kept in ((written(p, at, m_full, n), w), (m_full, m)))
-        # An inactive row keeps its bits: g - 0 would turn -0 into 0.
-        g = torch.where(rows[:, None], total.masked_fill_(full[:, None], 0), g)
+        m_full = torch.addcmul(clip(p, d_total)[0], m, (mu_total / c).unsqueeze(-1))
+        w_full = written(p, at, m_full, n)
+        # w, m, g are copies already. An inactive row's g keeps its bits: g - 0 would turn -0 into 0.
+        torch.where(full[:, None], w_full, w, out=w)
+        torch.where(full[:, None], m_full, m, out=m)
+        torch.where(rows[:, None], d_total.neg_().masked_fill_(full[:, None], 0), g, out=g)
         mu_sum = torch.where(rows, mu_total.masked_fill_(full, 0), mu_sum)
     for into, flat in zip((old.w, old.m, old.g), (w, m, g), strict=True):
         for x, part in zip(into, flat.chunk(3, -1), strict=True):
