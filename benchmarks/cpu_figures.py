@@ -2,7 +2,8 @@
 
     python -m benchmarks.cpu_figures [--output DIR]
 
-Speeds are ratios of two medians taken in the same process; memory is measured in processes of its own. Run it on an idle machine.
+Speeds are ratios of two medians taken in turns in one process; memory is measured in processes of its own. Run it on an idle machine: the
+load average before the run is written with the figures.
 """
 
 import argparse
@@ -55,19 +56,16 @@ RUNS = {"swa": swa_run, "ttt_mlp": memory_run}
 
 
 def speed(op: str, T: int, backward: bool, rounds: int) -> dict[str, float]:
-    """Medians of chunk and reference, which take turns so that a busy moment of the machine meets both."""
-    runs = {impl: RUNS[op](T, impl, backward) for impl in ("chunk", "reference")}
-    times: dict[str, list[float]] = {impl: [] for impl in runs}
-    for _ in range(rounds):
-        for impl, run in runs.items():
-            times[impl].append(median_seconds(run, 1))
-    chunk, reference = (sorted(times[impl])[rounds // 2] for impl in ("chunk", "reference"))
-    return {"chunk_ms": chunk * 1e3, "reference_ms": reference * 1e3, "speed_up": reference / chunk}
+    """Chunk against reference."""
+    seconds = median_seconds({impl: RUNS[op](T, impl, backward) for impl in ("chunk", "reference")}, rounds)
+    return {**{f"{impl}_ms": s * 1e3 for impl, s in seconds.items()}, "speed_up": seconds["reference"] / seconds["chunk"]}
 
 
-def linearity(lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)) -> dict[str, float]:
+def linearity() -> dict[str, float]:
     """Microseconds a token of `swa` chunk; linear time means equal numbers."""
-    return {str(T): median_seconds(swa_run(T, "chunk", backward=False), 3) / T * 1e6 for T in lengths}
+    lengths = (8192, 16384, 32768, 65536)
+    seconds = median_seconds({str(T): swa_run(T, "chunk", backward=False) for T in lengths}, 5)
+    return {name: s / int(name) * 1e6 for name, s in seconds.items()}
 
 
 def memory_child(op: str, T: int) -> None:

@@ -1,5 +1,7 @@
 """How things are measured: one call of a case, its extra peak memory, what the machine can do at best, and where it ran."""
 
+import ctypes
+import os
 import platform
 import subprocess
 import time
@@ -35,15 +37,17 @@ def runner(case: Case, direction: str, device: str) -> Callable[[], None]:
     return run
 
 
-def median_seconds(run: Callable[[], None], rounds: int) -> float:
-    """Median time of a call, after one call to warm up."""
-    run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
+def median_seconds(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median time of a call of each, after one call to warm up. They take turns, so that a busy moment of the machine meets all."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
         run()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[rounds // 2]
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: sorted(values)[rounds // 2] for name, values in times.items()}
 
 
 def _resident(key: str) -> int:
@@ -55,8 +59,8 @@ def _resident(key: str) -> int:
 def extra_peak_bytes(run: Callable[[], None], device: str) -> int | None:
     """Largest memory of one call above what was held before it; None where the platform cannot tell.
 
-    CUDA: the allocator's peak. Linux CPU: the resident set's peak, which sees freed memory that malloc keeps as if it were held, so it is
-    an upper bound, tight only in a process that has done little before.
+    CUDA: the allocator's peak. Linux with glibc: the resident set's peak. Memory that earlier calls freed is handed back to the system
+    first; without that a second call fits into what malloc has kept of the first and seems to need nothing (measured).
     """
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -64,8 +68,9 @@ def extra_peak_bytes(run: Callable[[], None], device: str) -> int | None:
         run()
         return torch.cuda.max_memory_allocated() - before
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         _CLEAR.write_text("5")  # resets VmHWM of this process
-    except OSError:
+    except (AttributeError, OSError):
         return None
     before = _resident("VmRSS")
     run()
@@ -79,15 +84,18 @@ def ceilings(device: str, dtype: torch.dtype = torch.float32) -> dict[str, float
     x = torch.randn(2**26 if device == "cuda" else 2**24, device=device)
     y = torch.randn_like(x)
 
-    def timed(f: Callable[[], object]) -> float:
-        def run() -> None:
-            f()
-            if device == "cuda":
-                torch.cuda.synchronize()
+    def product() -> None:
+        torch.matmul(a, b)
+        if device == "cuda":
+            torch.cuda.synchronize()
 
-        return median_seconds(run, 9)
+    def copy() -> None:
+        y.copy_(x)
+        if device == "cuda":
+            torch.cuda.synchronize()
 
-    return {"flops": 2 * n**3 / timed(lambda: a @ b), "bytes": 2 * x.nbytes / timed(lambda: y.copy_(x))}
+    seconds = median_seconds({"product": product, "copy": copy}, 9)
+    return {"flops": 2 * n**3 / seconds["product"], "bytes": 2 * x.nbytes / seconds["copy"]}
 
 
 def _processor() -> str:
@@ -100,13 +108,14 @@ def _processor() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def environment(device: str) -> dict[str, str | int]:
-    """What a figure depends on: machine, threads, versions, commit."""
+def environment(device: str) -> dict[str, str | int | float]:
+    """What a figure depends on: machine, threads, what else runs (load average of the last minute), versions, commit."""
     root = Path(__file__).parent
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=False)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": git.stdout.strip() or "unknown",
