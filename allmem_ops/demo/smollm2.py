@@ -112,6 +112,9 @@ def load_tokenizer(weights: Path) -> Any:
 
 def load_model(weights: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """The model as a Hugging Face causal LM, dequantised to `dtype`, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    return AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=dtype).to(device).eval()
+    # Dequantised in so many words: with weights left in blocks a gradient could not pass.
+    dense = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, quantization_config=dense, dtype=dtype)
+    return model.to(device).eval()
