@@ -6,6 +6,8 @@ import sys
 import zipfile
 
 import pytest
+import tokenizers
+import transformers
 
 from allmem_ops.demo import smollm2
 from allmem_ops.demo.smollm2 import ModelUnavailable, cache_directory, extract, find_weights, verify
@@ -108,3 +110,14 @@ def test_a_damaged_cached_file_is_refused(small_weights):
         find_weights()
     path.write_bytes(CONTENT)
     assert verify(path) == path
+
+
+def test_digits_are_split_one_by_one(monkeypatch, tmp_path):
+    vocabulary = {c: i for i, c in enumerate([*"0123456789abcdefg=", "Ġ", "ab", "12", "Ġ=", "Ġ1"])}
+    model = tokenizers.models.BPE(vocab=vocabulary, merges=[("a", "b"), ("1", "2"), ("Ġ", "="), ("Ġ", "1")])
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert plain.tokenize("ab = 12") == ["ab", "Ġ=", "Ġ", "12"]
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: plain)
+    assert smollm2.load_tokenizer(tmp_path / smollm2.GGUF).tokenize("ab = 12") == ["ab", "Ġ=", "Ġ", "1", "2"]
