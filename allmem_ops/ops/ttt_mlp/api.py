@@ -17,7 +17,7 @@ from allmem_ops._validation import (
     short,
 )
 from allmem_ops.ops.precision import accumulator_dtype, ieee_float32
-from allmem_ops.ops.ttt_mlp.layout import group_size
+from allmem_ops.ops.ttt_mlp.layout import side_by_side
 from allmem_ops.ops.ttt_mlp.reference import Carry, Options, row_norms, ttt_mlp_reference
 from allmem_ops.ops.ttt_mlp.registration import ttt_mlp_chunk, ttt_mlp_step_chunk
 from allmem_ops.ops.ttt_mlp.state import MemoryState, check_options, check_weights
@@ -281,10 +281,10 @@ def _chunk(
     else:
         w, m = _flat((state.w_gate, state.w_up, state.w_down)), _flat((state.m_gate, state.m_up, state.m_down))
         held = _flat((state.g_gate, state.g_up, state.g_down)), state.mu_sum, state.count
-    group = group_size(q.shape[0] * heads, h, d, options.chunk_size, q.device.type)
+    sizes = side_by_side(q.shape[0], heads, h, d, options.chunk_size, q.device.type)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, eta, mu, w, m, norms[0], norms[1], norms[2]))
     o, w_end, m_end, g_end, mu_end, *_ = ttt_mlp_chunk(
-        q, k, v, eta, mu, w, m, torch.cat(norms, -1), *held, cu_seqlens, *options, group, output_final_state, save
+        q, k, v, eta, mu, w, m, torch.cat(norms, -1), *held, cu_seqlens, *options, *sizes, output_final_state, save
     )
     if not output_final_state:
         return o, None

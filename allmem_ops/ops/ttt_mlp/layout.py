@@ -8,9 +8,9 @@ from torch import Tensor
 
 from allmem_ops._validation import fail
 
-# The work of a group of chunks, in elements of [tokens, h] and of states, that is held at once. A CPU gains nothing
-# from larger batches; a GPU saves launches, and 2**24 keeps a group's fp32 intermediates below 0.5 GiB.
-GROUP_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
+# The work that is held at once, in elements of [tokens, h] and of states. A CPU loses more in its caches than it gains
+# from larger batches; a GPU saves launches, and 2**24 keeps the fp32 intermediates of a group near 0.5 GiB.
+WORK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
 
 
 class Group(NamedTuple):
@@ -43,10 +43,11 @@ class Batch(NamedTuple):
         return sum(g.chunks for g in self.groups)
 
 
-def group_size(rows: int, h: int, d: int, chunk_size: int, device: str) -> int:
-    """How many chunks form a group when `rows` = sequences * heads run side by side."""
-    size = GROUP_ELEMENTS.get(device, GROUP_ELEMENTS["cuda"]) // (rows * h * (chunk_size + 3 * d))
-    return torch.sym_max(size, 1)
+def side_by_side(batch: int, heads: int, h: int, d: int, chunk_size: int, device: str) -> tuple[int, int]:
+    """(sequences that run side by side, chunks in a group), at least one of each."""
+    chunks = WORK_ELEMENTS.get(device, WORK_ELEMENTS["cuda"]) // (heads * h * (chunk_size + 3 * d))
+    rows = torch.sym_max(torch.sym_min(batch, chunks), 1)
+    return rows, torch.sym_max(chunks // rows, 1)
 
 
 def plan(length: int, count: int, chunk_size: int, group: int) -> tuple[list[Group], Group]:
@@ -74,8 +75,10 @@ def slots(tokens: int, sequences: int, chunk_size: int, carried: bool, group: in
     return chunks, chunks // group + sequences * (2 if carried else 1)
 
 
-def batches(batch: int, tokens: int, count: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int, group: int) -> list[Batch]:
-    """What runs side by side, in the order in which it runs.
+def batches(
+    batch: int, tokens: int, count: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int, side: int, group: int
+) -> list[Batch]:
+    """What runs side by side, at most `side` sequences, in the order in which it runs.
 
     Chunk edges decide shapes, so the host reads `cu_seqlens` and `count` here, once per call, and can check them.
     """
@@ -93,6 +96,6 @@ def batches(batch: int, tokens: int, count: Tensor | None, cu_seqlens: Tensor | 
             found.append(Batch(row, slice(start, stop), one, row, held, *plan(stop - start, held, chunk_size, group), chunk, groups))
             chunk, groups = chunk + found[-1].chunks, groups + len(found[-1].groups)
         return found
-    together = len(set(counts)) == 1
-    rows = [slice(0, batch)] if together else [slice(n, n + 1) for n in range(batch)]
+    side = side if len(set(counts)) == 1 else 1
+    rows = [slice(n, min(n + side, batch)) for n in range(0, batch, side)]
     return [Batch(r, slice(0, tokens), r, r, counts[r.start], *plan(tokens, counts[r.start], chunk_size, group), 0, 0) for r in rows]

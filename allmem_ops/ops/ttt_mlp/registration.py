@@ -58,6 +58,7 @@ def ttt_mlp_chunk(
     residual: bool,
     grad_clip: float | None,
     eps: float,
+    side: int,
     group: int,
     keep_open: bool,
     save: bool,
@@ -71,7 +72,7 @@ def ttt_mlp_chunk(
     o, w_end, m_end, g_end, mu_end, *saved = outputs
     p = _problem(q, norms, chunk_size=chunk_size, norm=norm, residual=residual, grad_clip=grad_clip, eps=eps)
     with ieee_float32():
-        for b in batches(q.shape[0], q.shape[1], count, cu_seqlens, chunk_size, group):
+        for b in batches(q.shape[0], q.shape[1], count, cu_seqlens, chunk_size, side, group):
             t = Tokens(*(x[b.rows, b.positions] for x in (q, k, v, eta, mu)))
             n = _merge(norms.expand(t.q.shape[0], -1, -1))
             end = forward(p, b, t, _memory(b, w, m, g, mu_sum), n, o[b.rows, b.positions], _saved(b, *saved) if save else None, keep_open)
@@ -124,6 +125,7 @@ def _(
     residual: bool,
     grad_clip: float | None,
     eps: float,
+    side: int,
     group: int,
     keep_open: bool,
     save: bool,
@@ -155,6 +157,7 @@ def ttt_mlp_chunk_bwd(
     residual: bool,
     grad_clip: float | None,
     eps: float,
+    side: int,
     group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, eta, mu, w, m, norms; those of norms are summed over the sequences in their order."""
@@ -163,7 +166,7 @@ def ttt_mlp_chunk_bwd(
     dn.zero_()
     p = _problem(q, norms, chunk_size=chunk_size, norm=norm, residual=residual, grad_clip=grad_clip, eps=eps)
     with ieee_float32():
-        for b in batches(q.shape[0], q.shape[1], count, cu_seqlens, chunk_size, group):
+        for b in batches(q.shape[0], q.shape[1], count, cu_seqlens, chunk_size, side, group):
             t = Tokens(*(x[b.rows, b.positions] for x in (q, k, v, eta, mu)))
             n = _merge(norms.expand(t.q.shape[0], -1, -1))
             w_last = _merge(w_end[b.states])
@@ -206,14 +209,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(g_end, mu_end, *saved)
     ctx.save_for_backward(q, k, v, eta, mu, w_end, m, norms, mu_sum, count, cu_seqlens, *saved)
-    ctx.options = options[:6]  # chunk_size, norm, residual, grad_clip, eps, group
+    ctx.options = options[:7]  # chunk_size, norm, residual, grad_clip, eps, side, group
 
 
 def _backward(ctx: Any, do: Tensor | None, dw: Tensor | None, dm: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
     do = torch.zeros_like(saved[0]) if do is None else do
     grads = ttt_mlp_chunk_bwd(do, dw, dm, *saved, *ctx.options)
-    return (*grads, *[None] * 12)
+    return (*grads, *[None] * 13)
 
 
 ttt_mlp_chunk.register_autograd(_backward, setup_context=_setup_context)
@@ -261,7 +264,7 @@ def backward_flops(read: int, written: int, heads: int, d: int, h: int) -> int:
 def _work(q: Tensor, norms: Tensor, count: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int) -> tuple[int, int, int, int, int]:
     """(tokens read, tokens in full chunks, heads, d, h) of a call. Counting FLOPs is no hot path: the host may read."""
     batch, length, heads, d = q.shape
-    plans = batches(batch, length, count, cu_seqlens, chunk_size, 1)
+    plans = batches(batch, length, count, cu_seqlens, chunk_size, 1, 1)
     written = sum((b.rows.stop - b.rows.start) * g.size for b in plans for g in b.groups)
     return batch * length, written, heads, d, (norms.shape[-1] - d) // 2
 

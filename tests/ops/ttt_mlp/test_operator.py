@@ -142,7 +142,7 @@ def test_the_plan_covers_every_token_once_and_fits_its_slots(chunk_size):
 def test_packed_plans_fit_their_slots():
     for ends, counts in [([0, 0, 9, 10, 23], [2, 0, 3, 3]), ([0, 1, 2, 3], [3, 3, 3])]:
         for group in (1, 3):
-            found = layout.batches(1, ends[-1], torch.tensor(counts), torch.tensor(ends), 4, group)
+            found = layout.batches(1, ends[-1], torch.tensor(counts), torch.tensor(ends), 4, 1, group)
             chunks, groups = layout.slots(ends[-1], len(counts), 4, True, group)
             assert found[-1].first_chunk + found[-1].chunks <= chunks
             assert found[-1].first_group + len(found[-1].groups) <= groups
@@ -152,15 +152,19 @@ def test_a_plan_of_bad_offsets_or_counters_is_refused():
     # Reached where the arguments' own check did not read values: under torch.compile, or on a GPU.
     for ends in ([1, 8], [0, 9], [0, 5, 4, 8]):
         with pytest.raises(ValueError, match="`cu_seqlens` must rise from 0 to T=8"):
-            layout.batches(1, 8, None, torch.tensor(ends), 4, 2)
+            layout.batches(1, 8, None, torch.tensor(ends), 4, 1, 2)
     for count in (-1, 4):
         with pytest.raises(ValueError, match=r"`initial_state\.count` must lie in \[0, 4\)"):
-            layout.batches(1, 8, torch.tensor([count]), None, 4, 2)
+            layout.batches(1, 8, torch.tensor([count]), None, 4, 1, 2)
 
 
 def test_rows_at_one_counter_run_side_by_side():
-    assert len(layout.batches(3, 8, torch.tensor([2, 2, 2]), None, 4, 2)) == 1
-    assert [b.count for b in layout.batches(3, 8, torch.tensor([2, 0, 2]), None, 4, 2)] == [2, 0, 2]
+    assert len(layout.batches(3, 8, torch.tensor([2, 2, 2]), None, 4, 3, 2)) == 1
+    assert [b.rows for b in layout.batches(3, 8, None, None, 4, 2, 2)] == [slice(0, 2), slice(2, 3)]
+    assert [b.count for b in layout.batches(3, 8, torch.tensor([2, 0, 2]), None, 4, 3, 2)] == [2, 0, 2]
+    assert layout.side_by_side(8, 3, 128, 64, 512, "cpu") == (3, 1)
+    assert layout.side_by_side(8, 3, 128, 64, 256, "cuda") == (8, 12)
+    assert layout.side_by_side(1, 16, 512, 128, 2048, "cpu") == (1, 1)
 
 
 def test_nothing_is_saved_when_no_backward_can_follow():
@@ -208,6 +212,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm; ru_maxrss has other units elsewhere")
 def test_peak_memory_at_65536_tokens_is_the_stored_states_and_64_mb():
     extra = int(subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True).stdout)
-    chunks, group = 128, layout.group_size(3, 128, 64, 512, "cpu")
+    chunks, group = 128, layout.side_by_side(1, 3, 128, 64, 512, "cpu")[1]
     stored = 4 * 3 * 3 * 64 * 128 * (chunks + -(-chunks // group))
     assert stored <= extra + 2**23 and extra <= stored + 64e6, (extra, stored)

@@ -41,13 +41,16 @@ def test_chunk_equals_reference_packed_from_a_state(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_groups_of_chunks_do_not_change_the_result(norm, monkeypatch):
-    x = inputs(length=23)
+def test_what_runs_side_by_side_does_not_change_the_result(norm, monkeypatch):
+    x = inputs(batch=3, length=23)
     options = {"chunk_size": 2, "norm": norm, "grad_clip": 0.15}
     want = everything(x, "reference", **options)
-    for elements in (1, 1000, 2500):  # 1, 4 and 11 chunks a group
-        monkeypatch.setitem(layout.GROUP_ELEMENTS, "cpu", elements)
+    seen = set()
+    for elements in (1, 400, 700, 2500):
+        monkeypatch.setitem(layout.WORK_ELEMENTS, "cpu", elements)
+        seen.add(layout.side_by_side(3, 2, 6, 4, 2, "cpu"))
         assert_equal_to(everything(x, "chunk", **options), want)
+    assert seen == {(1, 1), (2, 1), (3, 1), (3, 4)}
 
 
 @pytest.mark.parametrize("only_o", [True, False])
