@@ -4,7 +4,9 @@ Prepare once, where the tokenizer and the standard library are (writes `tokens_t
 
     python benchmarks/first_evidence.py --prepare --data DATA
 
-Then one process an arm, several at a time on one GPU if it has room; DATA also holds the GGUF file (`--weights` overrides):
+Then one process an arm, several at a time on one GPU if it has room. The weights are DATA/SmolLM2-135M-Instruct.Q4_1.gguf if that is there,
+else those that the demo finds. A machine without a network needs that file (98 MB; `split -b 60M` and `cat` carry it in parts) and, to read
+it, the wheels `gguf` and `accelerate` (`pip install --no-deps`):
 
     python benchmarks/first_evidence.py --data DATA --output OUT --name eta1e-2 --eta-init 1e-2 --seed 0
     python benchmarks/first_evidence.py --data DATA --output OUT --name no-writes --no-writes --seed 0
@@ -39,7 +41,7 @@ def arguments() -> argparse.Namespace:
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--prepare", action="store_true", help="tokenise the standard library into --data and stop")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, help=f"default: DATA/{smollm2.GGUF}")
+    parser.add_argument("--weights", type=Path, help=f"GGUF file; default: DATA/{smollm2.GGUF}, else what the demo finds")
     parser.add_argument("--output", type=Path, default=Path("first_evidence"))
     parser.add_argument("--name", default="arm")
     parser.add_argument("--device", default="cuda")
@@ -160,7 +162,8 @@ def main() -> None:
     if options.prepare:
         prepare(options)
         return
-    options.weights = options.weights or options.data / smollm2.GGUF
+    carried = options.data / smollm2.GGUF
+    options.weights = options.weights or (carried if carried.is_file() else smollm2.find_weights())
     train, held_out = (load_rows(options.data / name, options.seq_len) for name in (TRAIN, HELD_OUT))
     steps = options.tokens // (options.batch * options.seq_len)
     if not 1 <= steps <= len(train) // options.batch:
