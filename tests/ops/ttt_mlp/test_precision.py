@@ -5,7 +5,7 @@ import torch
 
 from allmem_ops import ttt_mlp
 from allmem_ops.testing import assert_within_budget, relative_error
-from tests.ops.ttt_mlp.cases import LEARNT, NORMS, TOKENS, gradients, inputs, outputs
+from tests.ops.ttt_mlp.cases import LEARNT, NORMS, TOKENS, assert_equal_to, everything, gradients, inputs, outputs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -79,3 +79,12 @@ def test_gradient_sums_beyond_the_range_of_float16():
     assert relative_error(o, want) < 2e-3
     for (name, got), reference in zip(gradients({"o": o}, x).items(), gradients({"o": want}, exact).values(), strict=True):
         assert relative_error(got, reference) < 1e-2, name
+
+
+def test_autocast_changes_nothing():
+    x = inputs(length=12, dtype=torch.float32)
+    want = everything(x, "chunk", chunk_size=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equal_to(everything(x, "chunk", chunk_size=4), want, 0)
+        reference = ttt_mlp(**x, chunk_size=4, impl="reference").o
+    assert torch.equal(reference, ttt_mlp(**x, chunk_size=4, impl="reference").o)
