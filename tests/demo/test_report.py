@@ -63,5 +63,6 @@ def test_table_is_aligned():
 def test_whole_report_and_picture(report, tmp_path):
     words = text(report)
     assert quality_table(report) in words and cost_table(SHAPE) in words and "Streamed 1024 tokens: cache 7.00 MB" in words
+    assert "Loss by quarter: 2.00, 1.90 nats" in words
     image = picture(report, tmp_path / "demo.png")
     assert image.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and image.stat().st_size > 20_000
