@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from allmem_ops.cost import MixerShape, cache_bytes, decode_flops
@@ -129,7 +130,7 @@ def text(report: Report) -> str:
 def _quarters(segments: Sequence[Segment]) -> str:
     """The mean loss of each quarter of the segments, weighted alike."""
     bounds = [len(segments) * i // 4 for i in range(5)]
-    parts = [[s.loss for s in segments[a:b]] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    parts = [[s.loss for s in segments[a:b]] for a, b in pairwise(bounds) if b > a]
     return ", ".join(f"{sum(part) / len(part):.2f}" for part in parts)
 
 
