@@ -17,11 +17,11 @@ class Settings:
     sinks: int = 4
     chunk_size: int = 32
     length: int = 512
-    steps: int = 40
-    held_out_rows: int = 8
+    steps: int = 32
+    held_out_rows: int = 6
     lr: float = 4e-3
     eta_init: float = 0.1
     alpha_lr_scale: float = 3.0
-    stream_tokens: int = 10240
+    stream_tokens: int = 9216
     segment: int = 512
     seed: int = 0
