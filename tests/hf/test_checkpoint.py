@@ -61,7 +61,9 @@ def test_another_base_model_is_refused(live, tmp_path):
 
 def test_another_config_is_refused(live, tmp_path):
     path = save_memory(live, tmp_path)
-    refused(awaken(convert(tiny_model(), tiny_config(window=9, norm="none"))), path, r"saved memory \({'window': 12, 'norm': 'pre_write'}\)")
+    refused(
+        awaken(convert(tiny_model(), tiny_config(window=9, norm="none"))), path, r"saved memory \({'window': 12, 'norm': 'pre_write'}\)"
+    )
 
 
 def test_damaged_files_are_refused(live, tmp_path):

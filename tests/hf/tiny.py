@@ -4,7 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from allmem_ops import AllMemConfig
-from allmem_ops.hf import FAMILIES, convert, memory_parameters
+from allmem_ops.hf import FAMILIES, memory_parameters
 
 VOCAB = 97
 FAMILY_NAMES = sorted(FAMILIES)
@@ -54,4 +54,3 @@ def awaken(model):
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-

@@ -100,9 +100,25 @@ def test_split_equals_one_pass(lengths, grad):
     assert state.nbytes == size
 
 
-@pytest.mark.parametrize("options", [{"gate": "channel"}, {"gate": "none"}, {"qk_norm": "rms"}, {"qk_norm": "l2"}, {"qk_norm": "none"},
-                                     {"conv_size": 1}, {"conv_size": 2}, {"readout_norm": False}, {"norm": "post_write"}, {"norm": "none"},
-                                     {"residual": False}, {"grad_clip": 0.1}, {"hidden_dim": 24}, {"gate": "none", "readout_norm": False}])  # fmt: skip
+OPTIONS = [
+    {"gate": "channel"},
+    {"gate": "none"},
+    {"qk_norm": "rms"},
+    {"qk_norm": "l2"},
+    {"qk_norm": "none"},
+    {"conv_size": 1},
+    {"conv_size": 2},
+    {"readout_norm": False},
+    {"norm": "post_write"},
+    {"norm": "none"},
+    {"residual": False},
+    {"grad_clip": 0.1},
+    {"hidden_dim": 24},
+    {"gate": "none", "readout_norm": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_changes_the_output_and_keeps_split_equal_to_whole(options):
     branch, (x, attn) = make(**options), data(13)
     whole = branch(x, attn)
