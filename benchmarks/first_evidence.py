@@ -2,14 +2,14 @@
 
 Prepare once, where the tokenizer and the standard library are (writes `tokens_train.npy` and `tokens_heldout.npy`, uint16):
 
-    python benchmarks/first_evidence.py --prepare --data DATA
+    python -m benchmarks.first_evidence --prepare --data DATA
 
 Then one process an arm, several at a time on one GPU if it has room. The weights are DATA/SmolLM2-135M-Instruct.Q4_1.gguf if that is there,
 else those that the demo finds. A machine without a network needs that file (98 MB; `split -b 60M` and `cat` carry it in parts) and, to read
 it, the wheels `gguf` and `accelerate` (`pip install --no-deps`):
 
-    python benchmarks/first_evidence.py --data DATA --output OUT --name eta1e-2 --eta-init 1e-2 --seed 0
-    python benchmarks/first_evidence.py --data DATA --output OUT --name no-writes --no-writes --seed 0
+    python -m benchmarks.first_evidence --data DATA --output OUT --name eta1e-2 --eta-init 1e-2 --seed 0
+    python -m benchmarks.first_evidence --data DATA --output OUT --name no-writes --no-writes --seed 0
 
 Each writes OUT/NAME-seedN.json: settings, throughput, training curve, and held-out loss and KL beyond the window for full attention,
 window + the same sinks, the arm, and the arm with its writes switched off after training. It is rewritten after every evaluation.
@@ -30,8 +30,10 @@ from allmem_ops import AllMemConfig
 from allmem_ops.demo import smollm2
 from allmem_ops.demo.arms import ALLMEM, FULL, NO_WRITES, WINDOW, evaluate, teacher_hidden, written_share
 from allmem_ops.demo.corpus import packed_rows, standard_library, whole_rows
+from allmem_ops.hf import attention as hf_attention
 from allmem_ops.hf import convert, memory_mode, memory_parameters
 from allmem_ops.training import Step, fine_tune
+from benchmarks.peers.flex import swa_flex
 
 TRAIN, HELD_OUT = "tokens_train.npy", "tokens_heldout.npy"
 
@@ -70,6 +72,12 @@ def arguments() -> argparse.Namespace:
     mixer.add_argument("--hidden", type=int, default=None)
     mixer.add_argument("--readout-norm", action=switch, default=True)
     mixer.add_argument("--qk-norm", choices=("rms+l2", "rms", "l2", "none"), default="rms+l2")
+    mixer.add_argument(
+        "--attention",
+        choices=("swa", "flex"),
+        default="swa",
+        help="flex: compiled FlexAttention computes the windowed attention, to save time",
+    )
     mixer.add_argument("--impl", choices=("auto", "chunk", "reference", "triton"), default="chunk")
     outer = parser.add_argument_group("training")
     outer.add_argument("--lr", type=float, default=1e-3)
@@ -127,6 +135,8 @@ def build(options: argparse.Namespace) -> torch.nn.Module:
         impl=options.impl,
     )
     convert(model, config)
+    if options.attention == "flex":
+        hf_attention.swa = swa_flex
     if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

@@ -1,6 +1,6 @@
 """SmolLM2's loss far past the 8192 tokens it was trained for: window + sinks, clamped and absolute sink positions, no memory.
 
-    python benchmarks/past_trained_length.py [--device cuda] [--output benchmarks/results/cpu/past_trained_length.json]
+    python -m benchmarks.past_trained_length [--device cuda] [--output benchmarks/results/cpu/past_trained_length.json]
 
 One long text (standard-library files, one after the other), read in segments through the constant-size cache.
 """

@@ -1,0 +1,43 @@
+"""Sliding-window attention with sinks through PyTorch's compiled FlexAttention, with `swa`'s arguments."""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+_compiled = torch.compile(flex_attention, dynamic=False)
+
+
+@functools.cache
+def block_mask(length: int, window: int, sinks: int, device: str) -> BlockMask:
+    """The blocks of keys that a block of queries sees, for one length, window and number of sinks."""
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001 - FlexAttention's signature
+        return (j <= i) & ((i - j < window) | (j < sinks))
+
+    return create_block_mask(visible, None, None, length, length, device=device)
+
+
+def swa_flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    sinks: int = 0,
+    scale: float | None = None,
+    q_sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",  # noqa: ARG001 - swa's signature
+) -> Tensor:
+    """`swa` for whole dense sequences: q [B, T, HQ, D], k and v [B, T, HK, D] -> [B, T, HQ, D].
+
+    Raises:
+        NotImplementedError: packed sequences, queries of a suffix only, or `q_sinks`.
+    """
+    if q_sinks is not None or cu_seqlens is not None or q.shape[1] != k.shape[1]:
+        raise NotImplementedError("swa_flex covers dense whole sequences without q_sinks")
+    mask = block_mask(q.shape[1], window, sinks, str(q.device))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return _compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
