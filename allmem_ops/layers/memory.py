@@ -161,6 +161,12 @@ class MemoryBranch(nn.Module):
         bias[eta_rows : eta_rows + self.heads] = math.log(config.mu_init / (1 - config.mu_init))
         bias[eta_rows + self.heads :] = math.log(config.gate_init / (1 - config.gate_init))
         nn.init.uniform_(self.conv_weight, -(config.conv_size**-0.5), config.conv_size**-0.5)
+        if config.conv_init == "zero_sum" and config.conv_size > 1:
+            self.conv_weight.sub_(self.conv_weight.mean(-1, keepdim=True))
+        if config.qk_init == "tied":
+            for weight in (self.in_proj.weight, self.conv_weight):
+                q, k = weight[: 2 * self.splits[0] // 3].chunk(2)
+                k.copy_(q)
         for norm in (self.q_norm, self.k_norm, self.readout_norm):
             if norm is not None:
                 norm.fill_(1)
@@ -225,8 +231,7 @@ class MemoryBranch(nn.Module):
         config = self.config
         qkv, logits = self._project(x)
         qkv, tail = short_conv(qkv, self.conv_weight, None if state is None else state.conv.inputs, cu_seqlens)
-        q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, config.head_dim)).unbind(-3)
-        q, k = self._normalise(q, self.q_norm), self._normalise(k, self.k_norm)
+        q, k, v = self._activate(qkv)
         eta, mu, gate = logits.split(self.splits[1:], -1)
         eta = F.softplus(eta).unflatten(-1, (self.heads, 3)) if self.writes else torch.zeros_like(eta).unflatten(-1, (self.heads, 3))
         memory = self._remember(q.to(x.dtype), k.to(x.dtype), v.to(x.dtype), eta, mu.sigmoid(), state, cu_seqlens, active)
@@ -259,6 +264,13 @@ class MemoryBranch(nn.Module):
         projected = F.linear(x, self.in_proj.weight.to(x.dtype))
         qkv, logits = projected.split([self.splits[0], sum(self.splits[1:])], -1)
         return qkv, logits.to(self.head_bias.dtype) + self.head_bias
+
+    def _activate(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, T, H, d] from the convolution's output."""
+        q, k, v = qkv.unflatten(-1, (3, self.heads, self.config.head_dim)).unbind(-3)
+        if self.config.qk_activation == "silu":
+            q, k = F.silu(q), F.silu(k)
+        return self._normalise(q, self.q_norm), self._normalise(k, self.k_norm), F.silu(v)
 
     def _normalise(self, y: Tensor, weight: Tensor | None) -> Tensor:
         """RMSNorm and L2 norm of each head, as `config.qk_norm` says."""

@@ -25,7 +25,10 @@ configs = st.builds(
     mu_init=st.floats(0.01, 0.99),
     gate=st.sampled_from(["head", "channel", "none"]),
     conv_size=st.integers(1, 4),
+    conv_init=st.sampled_from(["uniform", "zero_sum"]),
     qk_norm=st.sampled_from(["rms+l2", "rms", "l2", "none"]),
+    qk_activation=st.sampled_from(["silu", "none"]),
+    qk_init=st.sampled_from(["independent", "tied"]),
     impl=st.sampled_from(["auto", "chunk", "reference", "triton"]),
 )
 
@@ -62,6 +65,9 @@ def test_json_round_trip(config):
         ("gate", "heads", "`gate` must be one of"),
         ("conv_size", 5, "`conv_size` must be from 1 to 4; got 5"),
         ("qk_norm", "rms,l2", "`qk_norm` must be one of"),
+        ("conv_init", "zero", "`conv_init` must be one of 'uniform', 'zero_sum'; got 'zero'"),
+        ("qk_activation", "relu", "`qk_activation` must be one of 'silu', 'none'; got 'relu'"),
+        ("qk_init", True, "`qk_init` must be"),
         ("readout_norm", None, "`readout_norm` must be a bool; got NoneType None"),
         ("norm_eps", "x", "`norm_eps` must be a number"),
         ("w_init_scale", 0.0, "`w_init_scale` must be greater than 0.0"),

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from allmem_ops import AllMemConfig, MemoryBranch, ttt_mlp
 from allmem_ops.layers.memory import MemoryBranchState
+from allmem_ops.layers.short_conv import short_conv
 
 D_MODEL, HEADS, HEAD_DIM = 24, 2, 8
 
@@ -81,6 +82,38 @@ def test_start_values():
     torch.testing.assert_close(F.softplus(eta), torch.full_like(eta, 0.03))
     torch.testing.assert_close(mu.sigmoid(), torch.full_like(mu, 0.2))
     torch.testing.assert_close(gate.sigmoid(), torch.full_like(gate, 0.9))
+
+
+def test_tied_q_and_k_start_equal_and_part_in_training():
+    branch, (x, _) = make(alive=False, qk_init="tied"), data(17)
+    width = HEADS * HEAD_DIM
+    q, k, v = branch._activate(short_conv(branch._project(x)[0], branch.conv_weight)[0])
+    assert torch.equal(q, k) and not torch.equal(k, v)
+    branch(x).square().sum().backward()
+    grads = branch.in_proj.weight.grad[: 2 * width].split(width)
+    assert (grads[0] - grads[1]).abs().max() > 1e-6
+    q, k, _ = branch.in_proj.weight[: 3 * width].split(width)
+    assert not torch.equal(*make(alive=False).in_proj.weight[: 2 * width].split(width)) and torch.equal(q, k)
+
+
+def test_zero_sum_taps_drop_what_all_tokens_share():
+    x, common = next(data(40)), 30 * torch.randn(D_MODEL, dtype=torch.float64)
+    for conv_size in (2, 3, 4):
+        branch = make(alive=False, conv_init="zero_sum", conv_size=conv_size)
+        plain, shifted = (short_conv(branch._project(y)[0], branch.conv_weight)[0][:, conv_size - 1 :] for y in (x, x + common))
+        torch.testing.assert_close(plain, shifted, atol=1e-9, rtol=0)
+        assert plain.square().mean() > 1e-3
+    assert make(alive=False, conv_init="zero_sum", conv_size=1).conv_weight.abs().min() > 0
+    uniform = make(alive=False, conv_init="uniform")
+    plain, shifted = (short_conv(uniform._project(y)[0], uniform.conv_weight)[0][:, 3:] for y in (x, x + common))
+    assert (plain - shifted).abs().mean() > 1
+
+
+def test_qk_activation_none_leaves_q_and_k_linear():
+    qkv = torch.randn(1, 5, 3 * HEADS * HEAD_DIM, dtype=torch.float64)
+    q, k, v = make(qk_activation="none", qk_norm="none")._activate(qkv)
+    plain = qkv.unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(-3)
+    assert torch.equal(q, plain[0]) and torch.equal(k, plain[1]) and torch.equal(v, F.silu(plain[2]))
 
 
 def test_parameter_count_of_the_default_on_smollm2():
