@@ -76,6 +76,8 @@ def _wants_cache(decoder: nn.Module, kwargs: dict[str, Any], layout: Layout) -> 
     if asked and packed:
         fail("use_cache", "must be False with packed `position_ids`", True)
     if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+        if asked:
+            fail("use_cache", "must be False with gradient checkpointing: a layer that runs twice would write twice", True)
         return False
     if asked is None:
         # a training step reads no cache, so none is filled for it

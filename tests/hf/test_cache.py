@@ -293,6 +293,17 @@ def test_what_a_constant_cache_cannot_do_is_refused(live):
         AllMemCache(tiny_model(), 1)
 
 
+def test_a_cache_under_gradient_checkpointing_is_refused(live):
+    ids = tokens(1, 8)
+    live.train()
+    live.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert live(ids).past_key_values is None
+    with pytest.raises(ValueError, match="`use_cache` must be False with gradient checkpointing"):
+        live(ids, use_cache=True)
+    with pytest.raises(ValueError, match="`past_key_values` must be None with gradient checkpointing"):
+        live(ids, past_key_values=AllMemCache(live, 1))
+
+
 def test_bad_masks_are_refused(live):
     ids = tokens(2, 8)
     for mask in (torch.ones(2, 7), torch.ones(1, 8), torch.ones(2, 1, 8, 8)):
