@@ -17,8 +17,8 @@ class Settings:
     sinks: int = 4
     chunk_size: int = 32
     length: int = 512
-    steps: int = 32
-    held_out_rows: int = 6
+    steps: int = 28
+    held_out_rows: int = 5
     lr: float = 4e-3
     eta_init: float = 0.1
     alpha_lr_scale: float = 3.0
