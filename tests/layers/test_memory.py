@@ -148,6 +148,9 @@ OPTIONS = [
     {"grad_clip": 0.1},
     {"hidden_dim": 24},
     {"gate": "none", "readout_norm": False},
+    {"conv_init": "zero_sum"},
+    {"qk_activation": "none"},
+    {"qk_init": "tied"},
 ]
 
 
