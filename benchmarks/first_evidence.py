@@ -65,6 +65,9 @@ def arguments() -> argparse.Namespace:
     mixer.add_argument("--gate-init", type=float, default=AllMemConfig.gate_init)
     mixer.add_argument("--w-init-scale", type=float, default=AllMemConfig.w_init_scale)
     mixer.add_argument("--residual", action=switch, default=True)
+    mixer.add_argument("--conv-init", choices=("uniform", "zero_sum"), default=AllMemConfig.conv_init)
+    mixer.add_argument("--qk-init", choices=("independent", "tied"), default=AllMemConfig.qk_init)
+    mixer.add_argument("--qk-activation", choices=("silu", "none"), default=AllMemConfig.qk_activation)
     mixer.add_argument("--norm", choices=("pre_write", "post_write", "none"), default="pre_write")
     mixer.add_argument("--grad-clip-inner", type=float, default=None, help="AllMemConfig.grad_clip")
     mixer.add_argument("--heads", type=int, default=None)
@@ -131,6 +134,9 @@ def build(options: argparse.Namespace) -> torch.nn.Module:
         w_init_scale=options.w_init_scale,
         readout_norm=options.readout_norm,
         qk_norm=options.qk_norm,
+        qk_init=options.qk_init,
+        qk_activation=options.qk_activation,
+        conv_init=options.conv_init,
         alpha_lr_scale=options.alpha_lr_scale,
         impl=options.impl,
     )
