@@ -32,7 +32,9 @@ from allmem_ops.demo.arms import ALLMEM, FULL, NO_WRITES, WINDOW, evaluate, teac
 from allmem_ops.demo.corpus import packed_rows, standard_library, whole_rows
 from allmem_ops.hf import attention as hf_attention
 from allmem_ops.hf import convert, memory_mode, memory_parameters
+from allmem_ops.layers import memory as memory_layer
 from allmem_ops.training import Step, fine_tune
+from benchmarks.peers.exact_memory import exact_memory
 from benchmarks.peers.flex import swa_flex
 
 TRAIN, HELD_OUT = "tokens_train.npy", "tokens_heldout.npy"
@@ -80,6 +82,9 @@ def arguments() -> argparse.Namespace:
         choices=("swa", "flex"),
         default="swa",
         help="flex: compiled FlexAttention computes the windowed attention, to save time",
+    )
+    mixer.add_argument(
+        "--memory", choices=("ttt", "exact"), default="ttt", help="exact: softmax attention over the whole past, as a control"
     )
     mixer.add_argument("--impl", choices=("auto", "chunk", "reference", "triton"), default="chunk")
     outer = parser.add_argument_group("training")
@@ -143,6 +148,8 @@ def build(options: argparse.Namespace) -> torch.nn.Module:
     convert(model, config)
     if options.attention == "flex":
         hf_attention.swa = swa_flex
+    if options.memory == "exact":
+        memory_layer.ttt_mlp = exact_memory
     if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

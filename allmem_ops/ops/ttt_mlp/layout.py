@@ -3,7 +3,6 @@
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from allmem_ops._validation import fail
@@ -46,8 +45,8 @@ class Batch(NamedTuple):
 def side_by_side(batch: int, heads: int, h: int, d: int, chunk_size: int, device: str) -> tuple[int, int]:
     """(sequences that run side by side, chunks in a group), at least one of each."""
     chunks = WORK_ELEMENTS.get(device, WORK_ELEMENTS["cuda"]) // (heads * h * (chunk_size + 3 * d))
-    rows = torch.sym_max(torch.sym_min(batch, chunks), 1)
-    return rows, torch.sym_max(chunks // rows, 1)
+    rows = max(min(batch, chunks), 1)
+    return rows, max(chunks // rows, 1)
 
 
 def plan(length: int, count: int, chunk_size: int, group: int) -> tuple[list[Group], Group]:
