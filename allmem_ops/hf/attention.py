@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
 from allmem_ops._validation import fail
@@ -200,8 +199,7 @@ def prepare_cache_for_generation(
     if cache is not None:
         if not isinstance(cache, AllMemCache):
             fail("past_key_values", "must be an AllMemCache", type(cache).__name__)
-        if isinstance(cache, Cache):
-            cache._is_user_defined = True  # generate looks for it, and then slices the prompt by what the cache has seen
+        cache._is_user_defined = True  # generate looks for it, and then slices the prompt by what the cache has seen
 
 
 def install(model: PreTrainedModel, runtime: Runtime) -> None:

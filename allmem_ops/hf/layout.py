@@ -1,6 +1,6 @@
 """`Layout`: where the tokens of one forward pass lie, worked out once and handed to every layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,12 +108,11 @@ def make_layout(
         cu_seqlens=cu_seqlens,
         lengths=lengths,
         active=active,
-        rotation=None,
     )
     config = runtime.config
     if config.sinks == 0 or config.sink_positions == "absolute" or past + tokens <= runtime.trained_length:
         return layout
-    return Layout(**{**layout.__dict__, "rotation": _clamping_rotation(layout, inv_freq, runtime.trained_length)})
+    return replace(layout, rotation=_clamping_rotation(layout, inv_freq, runtime.trained_length))
 
 
 def _real_tokens(mask: Tensor, batch: int, tokens: int, past: int) -> Tensor:
