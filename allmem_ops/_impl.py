@@ -1,19 +1,33 @@
 """The choice of an implementation: `reference`, `chunk`, `triton` or `auto`, never a silent fallback."""
 
-from allmem_ops._validation import check_choice
+import torch
+
+from allmem_ops._config import settings
+from allmem_ops._validation import check_choice, fail, short
 
 IMPLS = ("reference", "chunk", "triton", "auto")
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# The operators that have Triton kernels.
+KERNELS: frozenset[str] = frozenset()
 
 
-def resolve_impl(op: str, impl: str) -> str:
-    """The implementation that `impl` names for operator `op`: `"reference"` or `"chunk"`.
+def resolve_impl(op: str, impl: str, x: torch.Tensor) -> str:
+    """The implementation that `impl` names for operator `op` on the device and dtype of `x`: `"reference"`, `"chunk"` or `"triton"`.
 
-    `"auto"` is `"chunk"` on every device as long as the operator has no Triton kernel.
+    `"auto"` is `"triton"` for CUDA tensors of a dtype that the kernels take, where the operator has kernels; else `"chunk"`.
 
     Raises:
-        ValueError: an unknown name, or `"triton"`, for which no kernel exists yet.
+        ValueError: an unknown name, or `"triton"` where no kernel can run.
     """
     check_choice("impl", impl, IMPLS)
+    if impl == "auto":
+        return "triton" if op in KERNELS and x.is_cuda and x.dtype in KERNEL_DTYPES else "chunk"
     if impl == "triton":
-        raise ValueError(f"`impl`='triton': no Triton kernel exists yet for `{op}`; use 'auto', 'chunk' or 'reference'")
-    return "chunk" if impl == "auto" else impl
+        if op not in KERNELS:
+            raise ValueError(f"`impl`='triton': no Triton kernel exists yet for `{op}`; use 'auto', 'chunk' or 'reference'")
+        if x.dtype not in KERNEL_DTYPES:
+            fail("impl", f"'triton' needs one of {', '.join(map(short, KERNEL_DTYPES))}", short(x.dtype), "Use 'chunk' or 'reference'")
+        if not x.is_cuda and not settings().interpret:
+            fail("impl", "'triton' needs CUDA tensors (or TRITON_INTERPRET=1 for Triton's interpreter)", f"a tensor on {x.device}")
+    return impl

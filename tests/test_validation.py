@@ -5,7 +5,9 @@ import re
 import pytest
 import torch
 
+from allmem_ops import _impl
 from allmem_ops import _validation as check
+from allmem_ops._config import Settings, settings
 from allmem_ops._impl import IMPLS, resolve_impl
 
 
@@ -134,9 +136,28 @@ def test_checks_trace_into_one_graph():
     assert torch.equal(f(q[:, :3], q[:, :3], 7), q[:, :3] * 8)
 
 
-def test_impl():
-    assert [resolve_impl("swa", i) for i in ("reference", "chunk", "auto")] == ["reference", "chunk", "chunk"]
-    message = _message(resolve_impl, "swa", "triton")
-    assert "no Triton kernel exists yet for `swa`" in message and "\n" not in message
-    assert re.search("must be one of .*; got 'cuda'", _message(resolve_impl, "swa", "cuda"))
+def test_impl(monkeypatch: pytest.MonkeyPatch):
+    x = torch.ones(1)
+    assert [resolve_impl("an_op", i, x) for i in ("reference", "chunk", "auto")] == ["reference", "chunk", "chunk"]
+    message = _message(resolve_impl, "an_op", "triton", x)
+    assert "no Triton kernel exists yet for `an_op`" in message and "\n" not in message
+    assert re.search("must be one of .*; got 'cuda'", _message(resolve_impl, "an_op", "cuda", x))
     assert IMPLS == ("reference", "chunk", "triton", "auto")
+
+    monkeypatch.setattr(_impl, "KERNELS", frozenset({"an_op"}))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert resolve_impl("an_op", "auto", x) == "chunk"  # on a CPU
+    assert "needs CUDA tensors" in _message(resolve_impl, "an_op", "triton", x)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_impl("an_op", "triton", x) == "triton"
+    assert "needs one of bfloat16, float16, float32; got float64" in _message(resolve_impl, "an_op", "triton", x.double())
+
+
+def test_settings(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("ALLMEM_OPS_AUTOTUNE", raising=False)
+    assert settings() == Settings(autotune=False, interpret=False)
+    monkeypatch.setenv("ALLMEM_OPS_AUTOTUNE", "1")
+    assert settings() == Settings(autotune=True, interpret=False)
+    monkeypatch.setenv("ALLMEM_OPS_AUTOTUNE", "yes")
+    assert "`ALLMEM_OPS_AUTOTUNE` must be 0 or 1 (environment variable); got 'yes'" in _message(settings)

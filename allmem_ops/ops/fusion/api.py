@@ -63,8 +63,8 @@ def gated_fusion(
         >>> torch.allclose(y, attn + 0.1 * readout)
         True
     """
-    chosen = resolve_impl("gated_fusion", impl)
     _check(attn, memory, alpha, gate, norm_weight, eps)
+    chosen = resolve_impl("gated_fusion", impl, memory)
     op = gated_fusion_reference if chosen == "reference" else registration.gated_fusion_chunk
     return op(attn, memory, alpha, gate, norm_weight, eps)
 

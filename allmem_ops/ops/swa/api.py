@@ -77,7 +77,6 @@ def swa(
         >>> torch.allclose(packed, torch.cat(alone, 1), atol=1e-6)
         True
     """
-    impl = resolve_impl("swa", impl)
     known: dict[str, int] = {}
     if cu_seqlens is None:
         check_shape("q", q, "B Tq HQ D", known)
@@ -100,6 +99,7 @@ def swa(
     check_int("window", window, 1)
     check_int("sinks", sinks, 0)
     check_bool("return_lse", return_lse)
+    impl = resolve_impl("swa", impl, q)
     run = swa_reference if impl == "reference" else swa_chunk
     o, lse = run(q, k, v, q_sinks, cu_seqlens, window, sinks, _scale(scale, q))
     return (o, lse) if return_lse else o
@@ -150,7 +150,6 @@ def swa_step(
         >>> torch.allclose(torch.cat(steps, 1), swa(q, k, v, window=8, sinks=2), atol=1e-6)
         True
     """
-    impl = resolve_impl("swa_step", impl)
     if not isinstance(cache, WindowCache):
         fail("cache", "must be a WindowCache", type(cache).__name__)
     known = cache.dims
@@ -166,6 +165,7 @@ def swa_step(
         check_shape("active", active, "B", known)
         check_dtype("active", active, torch.bool)
         check_device("active", active, cache.device, "cache")
+    impl = resolve_impl("swa_step", impl, q)
     scale = _scale(scale, q)  # the last check: a refused call leaves the cache as it was
     position = cache.positions.clone()  # `write` moves the cache's own on
     cache.write(k, v, active)

@@ -120,7 +120,6 @@ def ttt_mlp(
         >>> torch.allclose(packed[:, 6:], alone, atol=1e-5)
         True
     """
-    impl = resolve_impl("ttt_mlp", impl)
     check_options(chunk_size, norm, residual, grad_clip, eps)
     check_bool("output_final_state", output_final_state)
     known = _check_tokens(q, k, v, eta, mu)
@@ -135,6 +134,7 @@ def ttt_mlp(
     options = Options(chunk_size, norm, residual, grad_clip, eps)
     if initial_state is not None:
         _check_initial_state(initial_state, q, sequences, known, options)
+    impl = resolve_impl("ttt_mlp", impl, q)
 
     weights = (w_gate, w_up, w_down)
     norms = tuple(map(row_norms, weights))
@@ -200,7 +200,6 @@ def ttt_mlp_step(
         >>> state.position.tolist(), state.count.tolist()
         ([6], [2])
     """
-    impl = resolve_impl("ttt_mlp_step", impl)
     known = _check_tokens(q, k, v, eta, mu)
     if not 1 <= q.shape[1] <= MAX_STEP_TOKENS:
         fail("q", f"must have 1 to {MAX_STEP_TOKENS} tokens", q.shape[1])
@@ -209,6 +208,7 @@ def ttt_mlp_step(
         check_shape("active", active, "B", known)
         check_dtype("active", active, torch.bool)
         check_device("active", active, q.device)
+    impl = resolve_impl("ttt_mlp_step", impl, q)
     carry = state.carry()
     options = Options(state.chunk_size, state.norm, state.residual, state.grad_clip, state.eps)
     with torch.no_grad():

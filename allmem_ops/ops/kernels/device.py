@@ -1,0 +1,24 @@
+"""Facts about the device that launch code decides by, each asked once per process."""
+
+import functools
+
+import torch
+
+GPU_CLASSES = ("sm80", "sm90", "sm100")
+
+
+@functools.cache
+def _properties(index: int) -> tuple[str, int]:
+    p = torch.cuda.get_device_properties(index)
+    known = [c for c in GPU_CLASSES if int(c[2:]) <= 10 * p.major + p.minor]
+    return (known[-1] if known else GPU_CLASSES[0]), p.multi_processor_count
+
+
+def gpu_class(device: torch.device) -> str:
+    """`"sm80"`, `"sm90"` or `"sm100"`: the newest class of pinned configs that the GPU can run; `"sm80"` on a CPU (the interpreter)."""
+    return GPU_CLASSES[0] if device.type != "cuda" else _properties(device.index or 0)[0]
+
+
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of the GPU; 1 on a CPU (the interpreter)."""
+    return 1 if device.type != "cuda" else _properties(device.index or 0)[1]
