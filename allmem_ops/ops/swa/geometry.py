@@ -44,3 +44,52 @@ def query_blocks(Tq: int, Tk: int, window: int, sinks: int, size: int) -> Iterat
     for i0 in range(Tk - Tq, Tk, size):
         i1 = min(i0 + size, Tk)
         yield Block(i0, i1, max(i0 - window + 1, 0), min(sinks, max(i1 - window, 0)))
+
+
+# Tiles. The functions below are the one source of truth of the kernels and the tests: integer arithmetic that Python runs and
+# that kernels/tiles.py turns into device functions. So they call min and max alone, and divide only what is not negative (`//`
+# rounds down in Python and towards zero on the device). Positions count from a sequence's first key.
+#
+# A pair of a window tile is visible iff `0 <= i - j < window`, a pair of a far sink tile iff `j < min(sinks, i - window + 1)`: a
+# tile that lies in both ranges is visited once for each, and no pair is counted twice.
+
+
+def query_tiles(i0: int, i1: int, window: int, sinks: int, size: int) -> tuple[int, int, int, int, int, int]:
+    """The tiles of `size` keys that queries `[i0, i1)` touch; tile n holds keys `[n * size, (n + 1) * size)`.
+
+    Returns:
+        (sink_full, sink_end, left, full, diag, end), tile indices:
+        `[0, sink_full)` far sinks, every pair visible; `[sink_full, sink_end)` far sinks, masked;
+        `[left, full)` window, masked; `[full, diag)` window, every pair visible; `[diag, end)` window, masked.
+        Where `full < diag`, only the window cuts the tiles of `[left, full)` and only causality those of `[diag, end)`.
+    """
+    sink_full = min(sinks, max(i0 - window + 1, 0)) // size
+    sink_end = (min(sinks, max(i1 - window, 0)) + size - 1) // size
+    left = max(i0 - window + 1, 0) // size
+    full = (max(i1 - window, 0) + size - 1) // size
+    diag = max((i0 + 1) // size, full)
+    end = (i1 + size - 1) // size
+    return sink_full, sink_end, left, full, diag, end
+
+
+def key_tiles(j0: int, j1: int, start: int, Tk: int, window: int, sinks: int, size: int) -> tuple[int, int, int, int, int, int, int]:
+    """The transpose: the tiles of `size` queries that see keys `[j0, j1)`; tile m holds queries `start + [m * size, (m + 1) * size)`.
+
+    The queries are the positions `[start, Tk)`. The last tile may reach past Tk; only its queries before Tk are judged.
+
+    Returns:
+        (diag, full, right, end, far, far_full, far_end), tile indices:
+        `[diag, full)` window, masked; `[full, right)` window, every pair visible; `[right, end)` window, masked;
+        `[far, far_full)` far sinks, masked; `[far_full, far_end)` far sinks, every pair visible. `far_end` is the number of query
+        tiles for a block with a sink that some query sees from afar, else 0.
+        Where `full < right`, only causality cuts the tiles of `[diag, full)` and only the window those of `[right, end)`.
+    """
+    tiles = (Tk - start + size - 1) // size
+    diag = max(j0 - start, 0) // size
+    end = max((max(min(j1 - 1 + window, Tk) - start, 0) + size - 1) // size, diag)
+    full = min(max((max(j1 - 1 - start, 0) + size - 1) // size, diag), end)
+    right = end if j0 + window >= Tk else max(min(max(j0 + window - start, 0) // size, end), full)
+    far_end = tiles if j0 < sinks and j0 + window < Tk else 0
+    far = min(max(j0 + window - start, 0) // size, far_end)
+    far_full = max(min((max(j1 - 1 + window - start, 0) + size - 1) // size, far_end), far) if j1 <= sinks else far_end
+    return diag, full, right, end, far, far_full, far_end
