@@ -1,0 +1,70 @@
+"""Launches of the Triton forward of `ttt_mlp`, and what it leaves behind for the backward.
+
+Slots. Sequence n with `length` tokens in this call and `held` tokens in its open chunk (0 without a state) has one slot for
+the weights before each of its chunks; with `keep` (a final state is wanted) also for those after its last full one:
+
+    slots of n = (length + held) // chunk_size + 1                      keep
+                 max(ceil((length + held) / chunk_size), 1)             otherwise
+    written    = slots of n - 1        its chunks j = 0 .. written - 1 are written (without `keep` not a full last one)
+
+Chunk j of n has slot `first[n] + j`. It holds its tokens max(j c - held, 0) to min((j + 1) c - held, length), counted from
+the sequence's first token; start >= stop: none. Not packed: first[n] = n * steps, `steps` a bound from shapes, exact without
+a carried count; no table, slot s belongs to (n, j) = divmod(s, steps). Packed: int32 tables from the device, `first` [N] and
+`slots` [S, 2] = (n, j), (-1, 0) for spare ones. `S` and `steps` come from shapes alone (`Spans`): nothing waits for the device.
+
+What the forward saves (fp32, contiguous, H heads; `hidden` runs fastest in all three matrices, so that Wgate and Wup are
+stored as their transposes: [d, h]). A spare slot holds zeros.
+
+| name | shape | what |
+|---|---|---|
+| `x` | [S, H, 3, d, h] | X_j, see below, before chunk j; gate, up, down |
+| `size` | [S, H, 2h + d] | row norms of X_j: of each hidden unit's gate row, up row, then of each channel's down row; no eps |
+| `m` | [S, H, 3, d, h] | M_j before chunk j, with float32 q only; else [0]: recovered, see below |
+| `mu_mean` | [S, H] | mu_j of chunk j, only where it is written |
+| `g_size` | [S, H, 3] | |G_j| of the three matrices where chunk j is written; [0] without a clip |
+| `n` | [H, 2h + d] | N: row norms of the weight arguments, in `size`'s order |
+
+With N / (|X| + eps) by row written as scale(X) (eps = 0: a zero row has scale 0):
+
+    point_j = X_j scale(X_j)            pre_write; post_write for j > 0       the point of chunk j's write
+              X_j                       none; post_write for j = 0
+    read_j  = X_j                       pre_write, none                       the weights that chunk j's queries read
+              point_j                   post_write
+    M_{j+1} = mu_j M_j - clip(G_j)      X_{j+1} = point_j + M_{j+1}           M_0 = 0 or the state's
+    final W = read_J, final M = M_J     J = written
+
+so X_j is W_{j-1} of the README for pre_write and none, U_{j-1} for post_write, and with half-precision q
+M_j = X_j - point_{j-1} for j > 0 (in fp32 at |M| / |W| = 4e-4 good to 7e-5, far below the error of half precision).
+"""
+
+from typing import NamedTuple
+
+
+class Spans(NamedTuple):
+    """Sizes of a call, from shapes alone."""
+
+    batch: int  # rows of q
+    tokens: int  # tokens of a row
+    sequences: int
+    chunk_size: int
+    packed: bool
+    carried: bool  # an initial state: chunk 0 may have begun
+    keep: bool  # a final state is wanted
+
+    @property
+    def steps(self) -> int:
+        """A bound of one sequence's slots."""
+        carried = self.chunk_size - 1 if self.carried else 0
+        if self.keep:
+            return (self.tokens + carried) // self.chunk_size + 1
+        return max((self.tokens + carried + self.chunk_size - 1) // self.chunk_size, 1)
+
+    @property
+    def slots(self) -> int:
+        """S: a bound of all slots."""
+        if not self.packed:
+            return self.sequences * self.steps
+        # of the chunks that hold a token, at most one a token; and one slot more for each sequence
+        carried = self.chunk_size - 1 if self.carried else 0
+        full = (self.tokens + self.sequences * carried) // self.chunk_size
+        return min(full, self.tokens) + self.sequences
