@@ -11,6 +11,7 @@ from benchmarks.measure import ceilings, environment, extra_peak_bytes, runner
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the benchmarks run (default: cpu)")
+    parser.addoption("--results", default=None, help="folder for the contests' figures, one JSON file an operator")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
@@ -28,6 +29,12 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def machine(device: str) -> dict[str, float]:
     return ceilings(device)
+
+
+@pytest.fixture(scope="session")
+def half_machine(device: str) -> dict[str, float]:
+    """The ceilings for bf16 products: what the GPU contests are measured by. Nothing on a CPU."""
+    return ceilings(device, torch.bfloat16) if device == "cuda" else {}
 
 
 @pytest.fixture
