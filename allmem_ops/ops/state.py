@@ -125,7 +125,8 @@ class RowState:
                 fail(name, "must be a plain value", type(state[name]).__name__)
         made = cls(**state)
         made.check()
-        return made._map(lambda t: t.detach().clone(), lambda t: t.detach().clone())
+        copy = lambda t: t.detach().clone(memory_format=torch.contiguous_format)  # noqa: E731
+        return made._map(copy, copy)
 
     def row_index(self, name: str, rows: Tensor | Sequence[int]) -> Tensor:
         """`rows` as an int64 index on the state's device; its values are checked where that needs no host synchronisation."""

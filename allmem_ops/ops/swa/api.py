@@ -17,7 +17,7 @@ from allmem_ops._validation import (
 )
 from allmem_ops.ops.swa.cache import WindowCache
 from allmem_ops.ops.swa.reference import swa_reference, swa_step_reference
-from allmem_ops.ops.swa.registration import swa_chunk, swa_step_chunk
+from allmem_ops.ops.swa.registration import STEP_MAX_HEAD_DIM, swa_chunk, swa_step_chunk, swa_step_triton
 
 
 def swa(
@@ -133,7 +133,8 @@ def swa_step(
         q_sinks: None, or [B, 1, HQ, D]: stands for `q` at the sinks that are outside the window.
         active: None (all), or bool [B] on the cache's device. The row of the cache of an inactive sequence stays as it is, bit
             for bit, and its output is 0.
-        impl: "reference", "chunk", "triton", or "auto", which is "chunk".
+        impl: "reference", "chunk", "triton" (two kernels: bfloat16, float16, float32, D up to 256, contiguous buffers in `cache`),
+            or "auto": "triton" on CUDA for what the kernels take, else "chunk".
 
     Returns:
         `o` [B, 1, HQ, D] in q's dtype.
@@ -165,11 +166,17 @@ def swa_step(
         check_shape("active", active, "B", known)
         check_dtype("active", active, torch.bool)
         check_device("active", active, cache.device, "cache")
-    impl = resolve_impl("swa_step", impl, q)
+    chosen = resolve_impl("swa_step", impl, q)
+    if chosen == "triton" and known["D"] > STEP_MAX_HEAD_DIM:
+        if impl == "triton":
+            fail("q", f"must have a head dim D of at most {STEP_MAX_HEAD_DIM} with `impl`='triton'", known["D"], "Use 'chunk'")
+        chosen = "chunk"
     scale = _scale(scale, q)  # the last check: a refused call leaves the cache as it was
+    if chosen == "triton":
+        return swa_step_triton(q, k, v, q_sinks, active, cache.sink_k, cache.sink_v, cache.ring_k, cache.ring_v, cache.positions, scale)
     position = cache.positions.clone()  # `write` moves the cache's own on
     cache.write(k, v, active)
-    run = swa_step_reference if impl == "reference" else swa_step_chunk
+    run = swa_step_reference if chosen == "reference" else swa_step_chunk
     o = run(q, q_sinks, cache.sink_k, cache.sink_v, cache.ring_k, cache.ring_v, position, scale)
     return o if active is None else torch.where(active[:, None, None, None], o, 0)
 

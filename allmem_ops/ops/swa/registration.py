@@ -86,6 +86,34 @@ def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
+STEP_MAX_HEAD_DIM = 256
+
+
+@torch.library.custom_op("allmem_ops::swa_step_triton", mutates_args=("sink_k", "sink_v", "ring_k", "ring_v", "positions"))
+def swa_step_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_sinks: Tensor | None,
+    active: Tensor | None,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    positions: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attends with the token and puts it into the buffers, in the rows that `active` names."""
+    from allmem_ops.ops.swa.launch_step import swa_step
+
+    return swa_step(q, k, v, q_sinks, active, sink_k, sink_v, ring_k, ring_v, positions, scale)
+
+
+@swa_step_triton.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
 def _pair_products(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int, sinks: int) -> int:
     """Visible pairs of all sequences and query heads, times D."""
     B, Tq, HQ, D = q.shape
@@ -128,4 +156,21 @@ def _flops_bwd(
 @register_flop_formula(torch.ops.allmem_ops.swa_step_chunk, get_raw=True)
 def _flops_step(q: Tensor, _q_sinks: Tensor | None, sink_k: Tensor, _sink_v: Tensor, ring_k: Tensor, *_: Any, **__: Any) -> int:
     """Two products of D multiply-adds a slot, filled or not: every slot of a cache is read at every step."""
+    return 4 * q.numel() * (sink_k.shape[1] + ring_k.shape[1])
+
+
+@register_flop_formula(torch.ops.allmem_ops.swa_step_triton, get_raw=True)
+def _flops_step_triton(
+    q: Tensor,
+    _k: Tensor,
+    _v: Tensor,
+    _q_sinks: Tensor | None,
+    _active: Tensor | None,
+    sink_k: Tensor,
+    _sink_v: Tensor,
+    ring_k: Tensor,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """That of a full cache, as for `swa_step_chunk`: the positions are not known on the host."""
     return 4 * q.numel() * (sink_k.shape[1] + ring_k.shape[1])

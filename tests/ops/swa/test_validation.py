@@ -103,7 +103,6 @@ BAD_STEP = [
     ({"active": z(2)}, r"`active` must have dtype bool; got float32"),
     ({"active": [True, True]}, r"`active` must be a torch.Tensor; got list"),
     ({"scale": -1.0}, r"`scale` must be greater than 0; got -1.0"),
-    ({"impl": "triton"}, r"`impl`='triton': no Triton kernel exists yet for `swa_step`"),
 ]
 
 
