@@ -1,0 +1,362 @@
+"""The write chain of `ttt_mlp`: serial over chunks, parallel over sequences, heads, hidden units and a chunk's tokens.
+
+A (sequence, head) is worked on by PARTS = ceil(h / HS) * SP programs. Program (i_s, i_k) sums the gradient of HS hidden units over
+the tiles i_k, i_k + SP, ... of the chunk's tokens into a slab; then each program owns HP = HS / SP of these hidden units, adds their
+SP slabs in order and carries W and M on. Programs are coupled only there, in the row norms of Wdown and, with a clip, in |G|.
+
+Two forms with the same device functions: three kernels a step (`ttt_mlp_fwd_write_kernel`, `..._clip_kernel`, `..._commit_kernel`), and
+one persistent kernel. Slots, spans and the names of what is stored: launch.py. The code works with D = -G, which removes every sign.
+"""
+
+import triton
+import triton.language as tl
+
+from allmem_ops.ops.ttt_mlp.kernels.common import (
+    NONE,
+    POST_WRITE,
+    chunk_span,
+    column_size,
+    load_public,
+    load_three,
+    point,
+    row_scale,
+    row_sizes,
+    sequence_slots,
+    sequence_span,
+    sigmoid,
+    store_public,
+    store_three,
+)
+
+# ---- one chunk
+
+
+@triton.jit
+def descent(
+    p_k, p_v, p_eta, p_mu,
+    sk_t, sk_d, sv_t, sv_d, se_t, se_e, sm_t,
+    b_gate, b_up, b_down, start, stop, i_k,
+    D: tl.constexpr, BT: tl.constexpr, SP: tl.constexpr, PREC: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """D [BD, HS] for gate, up and down at the weights `b_*` [BD, HS] in the operands' dtype, and the sum of mu.
+
+    Of tokens [start, stop) those in tiles i_k, i_k + SP, ...; the pointers point at token 0.
+    """
+    BD: tl.constexpr = b_gate.shape[0]
+    HS: tl.constexpr = b_gate.shape[1]
+    dtype = b_gate.dtype
+    o_d = tl.arange(0, BD)
+    d_gate = tl.zeros([BD, HS], dtype=tl.float32)
+    d_up = tl.zeros([BD, HS], dtype=tl.float32)
+    d_down = tl.zeros([BD, HS], dtype=tl.float32)
+    b_mu = tl.zeros([BT], dtype=tl.float32)
+    for i_t in tl.range(i_k, tl.cdiv(stop - start, BT), SP):
+        t = start + i_t * BT
+        o_t = tl.arange(0, BT)
+        m_t = o_t < stop - t
+        mask = m_t[:, None] & (o_d < D)[None, :]
+        t = tl.cast(t, tl.int64)
+        b_k = tl.load(p_k + t * sk_t + (o_t[:, None] * sk_t + o_d[None, :] * sk_d), mask=mask, other=0.0)
+        b_v = tl.load(p_v + t * sv_t + (o_t[:, None] * sv_t + o_d[None, :] * sv_d), mask=mask, other=0.0)
+        p_e = p_eta + t * se_t + o_t * se_t
+        e_gate = tl.load(p_e, mask=m_t, other=0.0)[:, None]
+        e_up = tl.load(p_e + se_e, mask=m_t, other=0.0)[:, None]
+        e_down = tl.load(p_e + 2 * se_e, mask=m_t, other=0.0)[:, None]
+        b_mu += tl.load(p_mu + t * sm_t + o_t * sm_t, mask=m_t, other=0.0)
+        # [BT, BD] @ [BD, HS] -> [BT, HS]
+        b_a = tl.dot(b_k, b_gate, input_precision=PREC)
+        b_b = tl.dot(b_k, b_up, input_precision=PREC)
+        b_p = tl.dot(b_v, b_down, input_precision=PREC)
+        b_s = sigmoid(b_a, FAST)
+        b_silu = b_a * b_s
+        b_slope = b_s + b_silu * (1.0 - b_s)
+        y_gate = b_p * b_b * b_slope * e_gate
+        y_up = b_p * b_silu * e_up
+        y_down = b_silu * b_b * e_down
+        # [BD, BT] @ [BT, HS] -> [BD, HS]
+        if dtype == tl.float16:
+            # factors that carry a rate leave the range of float16; tf32 has float16's mantissa and float32's range
+            b_kt = tl.trans(tl.cast(b_k, tl.float32))
+            b_vt = tl.trans(tl.cast(b_v, tl.float32))
+            d_gate = tl.dot(b_kt, y_gate, d_gate, input_precision="tf32")
+            d_up = tl.dot(b_kt, y_up, d_up, input_precision="tf32")
+            d_down = tl.dot(b_vt, y_down, d_down, input_precision="tf32")
+        else:
+            b_kt = tl.trans(b_k)
+            d_gate = tl.dot(b_kt, tl.cast(y_gate, dtype), d_gate, input_precision=PREC)
+            d_up = tl.dot(b_kt, tl.cast(y_up, dtype), d_up, input_precision=PREC)
+            d_down = tl.dot(tl.trans(b_v), tl.cast(y_down, dtype), d_down, input_precision=PREC)
+    return d_gate, d_up, d_down, tl.sum(b_mu, 0)
+
+
+@triton.jit
+def sum_slabs(
+    slabs, i_x, o_d, o_h, mask, state_gate, state_up, state_down, i_c,
+    D: tl.constexpr, HID: tl.constexpr, SP: tl.constexpr, STATE: tl.constexpr,
+):  # fmt: skip
+    """D of a part's hidden units: what the open chunk of the initial state holds, then the slabs in order."""
+    d_gate = tl.zeros([o_d.shape[0], o_h.shape[0]], dtype=tl.float32)
+    d_up = d_gate
+    d_down = d_gate
+    for i_k in tl.static_range(SP):
+        b_gate, b_up, b_down = load_three(slabs, i_x * SP + i_k, o_d, o_h, mask, D, HID)
+        d_gate += b_gate
+        d_up += b_up
+        d_down += b_down
+    if STATE:
+        if i_c == 0:
+            g_gate, g_up, g_down = load_public(state_gate, state_up, state_down, i_x, o_d, o_h, mask, D, HID)
+            d_gate -= g_gate
+            d_up -= g_up
+            d_down -= g_down
+    return d_gate, d_up, d_down
+
+
+@triton.jit
+def part_squares(d_gate, d_up, d_down):
+    """Sums of squares of a part's tiles: its share of |G|^2."""
+    return tl.sum(tl.sum(d_gate * d_gate, 1), 0), tl.sum(tl.sum(d_up * d_up, 1), 0), tl.sum(tl.sum(d_down * d_down, 1), 0)
+
+
+@triton.jit
+def clip_sizes(p, i_x, PARTS: tl.constexpr):
+    """|G| of gate, up and down from the parts' sums of squares [..., PARTS, 3], added in their order."""
+    at = p + tl.cast(i_x, tl.int64) * (PARTS * 3)
+    s_gate = 0.0
+    s_up = 0.0
+    s_down = 0.0
+    for i_p in tl.static_range(PARTS):
+        s_gate += tl.load(at + i_p * 3, cache_modifier=".cg")
+        s_up += tl.load(at + i_p * 3 + 1, cache_modifier=".cg")
+        s_down += tl.load(at + i_p * 3 + 2, cache_modifier=".cg")
+    return tl.sqrt_rn(s_gate), tl.sqrt_rn(s_up), tl.sqrt_rn(s_down)
+
+
+@triton.jit
+def mu_total(mu_sums, mu_held, i_x, i_c, SP: tl.constexpr, STATE: tl.constexpr):
+    """Sum of mu over the open or full chunk `i_c`, the splits in order."""
+    at = mu_sums + tl.cast(i_x, tl.int64) * SP
+    b_mu = 0.0
+    if STATE:
+        b_mu += tl.load(mu_held + i_x, mask=i_c == 0, other=0.0)
+    for i_k in tl.static_range(SP):
+        b_mu += tl.load(at + i_k, cache_modifier=".cg")
+    return b_mu
+
+
+@triton.jit
+def store_weights(
+    x, x_read, size, rows, i_x, i_r, i_p, i_c, o_d, o_h, mask, b_gate, b_up, b_down, n_gate, n_up, eps,
+    D: tl.constexpr, HID: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """A part of X before chunk `i_c` into slot and head `i_r`: fp32, as the read's operand, and what its norms need.
+
+    The read's operand is Wgate and Wup as they are read and Wdown raw: the read scales its rows, the channels of its output.
+    """
+    store_three(x, i_r, o_d, o_h, mask, b_gate, b_up, b_down, D, HID)
+    if NORM != NONE:
+        s_gate = column_size(b_gate)
+        s_up = column_size(b_up)
+        p_size = size + tl.cast(i_r, tl.int64) * (2 * HID + D) + o_h
+        tl.store(p_size, s_gate, mask=o_h < HID)
+        tl.store(p_size + HID, s_up, mask=o_h < HID)
+        tl.store(rows + (tl.cast(i_x, tl.int64) * PARTS + i_p) * D + o_d, tl.sum(b_down * b_down, 1), mask=o_d < D)
+        if NORM == POST_WRITE:
+            b_gate *= tl.where(i_c > 0, row_scale(n_gate, s_gate, eps), 1.0)[None, :]
+            b_up *= tl.where(i_c > 0, row_scale(n_up, s_up, eps), 1.0)[None, :]
+    store_three(x_read, i_r, o_d, o_h, mask, b_gate, b_up, b_down, D, HID)
+
+
+# ---- a kernel for each part of a step
+
+
+@triton.jit(do_not_specialize=["T", "chunk_size", "H", "steps"])
+def ttt_mlp_fwd_init_kernel(
+    w_gate, w_up, w_down, s_gate, s_up, s_down, m_gate, m_up, m_down,
+    first, x, x_read, m, m_slots, size, n, rows, n_rows, H, steps, eps,
+    D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, NORM: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, SAVE_M: tl.constexpr,
+):  # fmt: skip
+    """Slot 0 of every sequence, the row norms N. Grid (N * H, PARTS)."""
+    HP: tl.constexpr = HS // SP
+    PARTS: tl.constexpr = tl.cdiv(HID, HS) * SP
+    i_x, i_p = tl.program_id(0), tl.program_id(1)
+    o_d, o_h = tl.arange(0, BD), i_p * HP + tl.arange(0, HP)
+    mask = (o_d < D)[:, None] & (o_h < HID)[None, :]
+    i_h = i_x % H
+    b_gate, b_up, b_down = load_public(w_gate, w_up, w_down, i_h, o_d, o_h, mask, D, HID)
+    n_gate, n_up = column_size(b_gate), column_size(b_up)
+    tl.store(n_rows + (tl.cast(i_x, tl.int64) * PARTS + i_p) * D + o_d, tl.sum(b_down * b_down, 1), mask=o_d < D)
+    p_n = n + i_h * (2 * HID + D) + o_h
+    if i_x < H:
+        tl.store(p_n, n_gate, mask=o_h < HID)
+        tl.store(p_n + HID, n_up, mask=o_h < HID)
+    i_r = (tl.load(first + i_x // H) if PACKED else i_x // H * steps) * H + i_h
+    z_gate = tl.zeros([BD, HP], dtype=tl.float32)
+    z_up = z_gate
+    z_down = z_gate
+    if STATE:
+        b_gate, b_up, b_down = load_public(s_gate, s_up, s_down, i_x, o_d, o_h, mask, D, HID)
+        z_gate, z_up, z_down = load_public(m_gate, m_up, m_down, i_x, o_d, o_h, mask, D, HID)
+    store_weights(
+        x, x_read, size, rows, i_x, i_r, i_p, 0, o_d, o_h, mask, b_gate, b_up, b_down, n_gate, n_up, eps, D, HID, PARTS, NORM
+    )  # fmt: skip
+    store_three(m, i_x, o_d, o_h, mask, z_gate, z_up, z_down, D, HID)
+    if SAVE_M:
+        store_three(m_slots, i_r, o_d, o_h, mask, z_gate, z_up, z_down, D, HID)
+
+
+@triton.jit(do_not_specialize=["i_c", "T", "chunk_size", "H", "steps"])
+def ttt_mlp_fwd_write_kernel(
+    k, v, eta, mu, cu_seqlens, count, first, w_gate, w_up, w_down, x, size, rows, n_rows, slabs, mu_sums,
+    i_c, T, chunk_size, H, steps, eps,
+    sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e, sm_b, sm_t, sm_h,
+    D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, BT: tl.constexpr,
+    NORM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr,
+    PREC: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Slabs of chunk `i_c`'s D and sums of mu. Grid (N * H, slices, SP)."""
+    i_x, i_s, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_n, i_h = i_x // H, i_x % H
+    i_b, begin, length, held = sequence_span(cu_seqlens, count, i_n, T, chunk_size, PACKED, STATE)
+    slot, written = sequence_slots(first, i_n, steps, length, held, chunk_size, PACKED, KEEP)
+    if i_c >= written + KEEP:
+        return
+    start, stop = chunk_span(i_c, length, held, chunk_size)
+    o_d, o_h = tl.arange(0, BD), i_s * HS + tl.arange(0, HS)
+    mask = (o_d < D)[:, None] & (o_h < HID)[None, :]
+    i_r = (slot + i_c) * H + i_h
+    b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
+    if NORM != NONE:
+        w = load_public(w_gate, w_up, w_down, i_h, o_d, o_h, mask, D, HID)
+        size_down = row_sizes(rows, i_x, o_d, D, tl.cdiv(HID, HS) * SP)
+        n_down = row_sizes(n_rows, i_x, o_d, D, tl.cdiv(HID, HS) * SP)
+        b_gate, b_up, b_down = point(b_gate, b_up, b_down, column_size(w[0]), column_size(w[1]), n_down, size_down, i_c, eps, NORM)
+        if i_s + i_k == 0:
+            tl.store(size + tl.cast(i_r, tl.int64) * (2 * HID + D) + 2 * HID + o_d, size_down, mask=o_d < D)
+    i_b, begin, i_h = tl.cast(i_b, tl.int64), tl.cast(begin, tl.int64), tl.cast(i_h, tl.int64)
+    dtype = k.dtype.element_ty
+    d_gate, d_up, d_down, b_mu = descent(
+        k + i_b * sk_b + begin * sk_t + i_h * sk_h, v + i_b * sv_b + begin * sv_t + i_h * sv_h,
+        eta + i_b * se_b + begin * se_t + i_h * se_h, mu + i_b * sm_b + begin * sm_t + i_h * sm_h,
+        sk_t, sk_d, sv_t, sv_d, se_t, se_e, sm_t, tl.cast(b_gate, dtype), tl.cast(b_up, dtype), tl.cast(b_down, dtype),
+        start, stop, i_k, D, BT, SP, PREC, FAST,
+    )  # fmt: skip
+    store_three(slabs, i_x * SP + i_k, o_d, o_h, mask, d_gate, d_up, d_down, D, HID)
+    tl.store(mu_sums + i_x * SP + i_k, b_mu, mask=i_s == 0)
+
+
+@triton.jit(do_not_specialize=["i_c", "T", "chunk_size", "H", "steps"])
+def ttt_mlp_fwd_clip_kernel(
+    cu_seqlens, count, first, g_gate, g_up, g_down, slabs, squares, i_c, T, chunk_size, H, steps,
+    D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Sums of squares of every part of chunk `i_c`'s G. Grid (N * H, PARTS)."""
+    HP: tl.constexpr = HS // SP
+    PARTS: tl.constexpr = tl.cdiv(HID, HS) * SP
+    i_x, i_p = tl.program_id(0), tl.program_id(1)
+    _, _, length, held = sequence_span(cu_seqlens, count, i_x // H, T, chunk_size, PACKED, STATE)
+    _, written = sequence_slots(first, i_x // H, steps, length, held, chunk_size, PACKED, KEEP)
+    if i_c >= written:
+        return
+    o_d, o_h = tl.arange(0, BD), i_p * HP + tl.arange(0, HP)
+    mask = (o_d < D)[:, None] & (o_h < HID)[None, :]
+    d_gate, d_up, d_down = sum_slabs(slabs, i_x, o_d, o_h, mask, g_gate, g_up, g_down, i_c, D, HID, SP, STATE)
+    q_gate, q_up, q_down = part_squares(d_gate, d_up, d_down)
+    p = squares + (tl.cast(i_x, tl.int64) * PARTS + i_p) * 3
+    tl.store(p, q_gate)
+    tl.store(p + 1, q_up)
+    tl.store(p + 2, q_down)
+
+
+@triton.jit(do_not_specialize=["i_c", "T", "chunk_size", "H", "steps"])
+def ttt_mlp_fwd_commit_kernel(
+    cu_seqlens, count, first, w_gate, w_up, w_down, g_gate, g_up, g_down, mu_held,
+    x, x_read, m, m_slots, size, rows_in, rows_out, n_rows, slabs, mu_sums, squares, mu_mean, g_size, e_gate, e_up, e_down, e_mu,
+    i_c, T, chunk_size, H, steps, eps, grad_clip,
+    D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
+):  # fmt: skip
+    """W and M after chunk `i_c`, or what the open chunk holds at the end. Grid (N * H, PARTS)."""
+    HP: tl.constexpr = HS // SP
+    PARTS: tl.constexpr = tl.cdiv(HID, HS) * SP
+    i_x, i_p = tl.program_id(0), tl.program_id(1)
+    i_n, i_h = i_x // H, i_x % H
+    _, _, length, held = sequence_span(cu_seqlens, count, i_n, T, chunk_size, PACKED, STATE)
+    slot, written = sequence_slots(first, i_n, steps, length, held, chunk_size, PACKED, KEEP)
+    if i_c >= written + KEEP:
+        return
+    o_d, o_h = tl.arange(0, BD), i_p * HP + tl.arange(0, HP)
+    mask = (o_d < D)[:, None] & (o_h < HID)[None, :]
+    d_gate, d_up, d_down = sum_slabs(slabs, i_x, o_d, o_h, mask, g_gate, g_up, g_down, i_c, D, HID, SP, STATE)
+    b_mu = mu_total(mu_sums, mu_held, i_x, i_c, SP, STATE)
+    if i_c == written:
+        if KEEP:
+            store_public(e_gate, e_up, e_down, i_x, o_d, o_h, mask, 0.0 - d_gate, 0.0 - d_up, 0.0 - d_down, D, HID)
+            tl.store(e_mu + i_x, b_mu, mask=i_p == 0)
+    else:
+        i_r = (slot + i_c) * H + i_h
+        b_mu = b_mu / chunk_size
+        tl.store(mu_mean + i_r, b_mu, mask=i_p == 0)
+        if CLIP:
+            c_gate, c_up, c_down = clip_sizes(squares, i_x, PARTS)
+            p_g = g_size + tl.cast(i_r, tl.int64) * 3
+            tl.store(p_g, c_gate, mask=i_p == 0)
+            tl.store(p_g + 1, c_up, mask=i_p == 0)
+            tl.store(p_g + 2, c_down, mask=i_p == 0)
+            d_gate *= grad_clip / tl.maximum(c_gate, grad_clip)
+            d_up *= grad_clip / tl.maximum(c_up, grad_clip)
+            d_down *= grad_clip / tl.maximum(c_down, grad_clip)
+        z_gate, z_up, z_down = load_three(m, i_x, o_d, o_h, mask, D, HID)
+        z_gate, z_up, z_down = b_mu * z_gate + d_gate, b_mu * z_up + d_up, b_mu * z_down + d_down
+        b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
+        w = load_public(w_gate, w_up, w_down, i_h, o_d, o_h, mask, D, HID)
+        n_gate, n_up = column_size(w[0]), column_size(w[1])
+        if NORM != NONE:
+            size_down = row_sizes(rows_in, i_x, o_d, D, PARTS)
+            n_down = row_sizes(n_rows, i_x, o_d, D, PARTS)
+            b_gate, b_up, b_down = point(b_gate, b_up, b_down, n_gate, n_up, n_down, size_down, i_c, eps, NORM)
+        b_gate, b_up, b_down = b_gate + z_gate, b_up + z_up, b_down + z_down
+        store_weights(
+            x, x_read, size, rows_out, i_x, i_r + H, i_p, i_c + 1, o_d, o_h, mask, b_gate, b_up, b_down, n_gate, n_up, eps,
+            D, HID, PARTS, NORM,
+        )  # fmt: skip
+        store_three(m, i_x, o_d, o_h, mask, z_gate, z_up, z_down, D, HID)
+        if SAVE_M:
+            store_three(m_slots, i_r + H, o_d, o_h, mask, z_gate, z_up, z_down, D, HID)
+
+
+@triton.jit(do_not_specialize=["T", "chunk_size", "H", "steps"])
+def ttt_mlp_fwd_finish_kernel(
+    cu_seqlens, count, first, w_gate, w_up, w_down, x, m, size, n, rows, n_rows, e_gate, e_up, e_down, f_gate, f_up, f_down,
+    T, chunk_size, H, steps, eps,
+    D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, NORM: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Row norms of Wdown in every sequence's last slot and in N; the final W and M. Grid (N * H, PARTS)."""
+    HP: tl.constexpr = HS // SP
+    PARTS: tl.constexpr = tl.cdiv(HID, HS) * SP
+    i_x, i_p = tl.program_id(0), tl.program_id(1)
+    i_n, i_h = i_x // H, i_x % H
+    _, _, length, held = sequence_span(cu_seqlens, count, i_n, T, chunk_size, PACKED, STATE)
+    slot, i_c = sequence_slots(first, i_n, steps, length, held, chunk_size, PACKED, KEEP)
+    i_r = (slot + i_c) * H + i_h
+    o_d, o_h = tl.arange(0, BD), i_p * HP + tl.arange(0, HP)
+    mask = (o_d < D)[:, None] & (o_h < HID)[None, :]
+    n_down = row_sizes(n_rows, i_x, o_d, D, PARTS)
+    if i_n + i_p == 0:
+        tl.store(n + i_h * (2 * HID + D) + 2 * HID + o_d, n_down, mask=o_d < D)
+    size_down = n_down
+    if NORM != NONE:
+        size_down = row_sizes(rows + (i_c % 2) * tl.num_programs(0) * PARTS * D, i_x, o_d, D, PARTS)
+        if i_p == 0:
+            tl.store(size + tl.cast(i_r, tl.int64) * (2 * HID + D) + 2 * HID + o_d, size_down, mask=o_d < D)
+    if KEEP:
+        b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
+        if NORM == POST_WRITE:
+            w = load_public(w_gate, w_up, w_down, i_h, o_d, o_h, mask, D, HID)
+            b_gate, b_up, b_down = point(b_gate, b_up, b_down, column_size(w[0]), column_size(w[1]), n_down, size_down, i_c, eps, NORM)
+        store_public(e_gate, e_up, e_down, i_x, o_d, o_h, mask, b_gate, b_up, b_down, D, HID)
+        b_gate, b_up, b_down = load_three(m, i_x, o_d, o_h, mask, D, HID)
+        store_public(f_gate, f_up, f_down, i_x, o_d, o_h, mask, b_gate, b_up, b_down, D, HID)
