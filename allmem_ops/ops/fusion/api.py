@@ -35,8 +35,10 @@ def gated_fusion(
             [B, T, D] any H that divides D is legal: head i owns channels i * D/H to (i + 1) * D/H. H = D means the same in both readings.
         norm_weight: [d] or None, `memory`'s dtype or float32. Given, it switches the norm on; `memory` is then [B, T, H, d].
         eps: Added to the mean square inside the root, greater than 0. Default 1e-6.
-        impl: `"reference"`, `"chunk"` (a library operator that saves its inputs and nothing else for backward) or `"auto"`,
-            which is `"chunk"`.
+        impl: `"reference"`, `"chunk"` (plain PyTorch), `"triton"` (one kernel forward, two backward; not float64; heads of at most
+            8192 channels, where `memory` has four dimensions or `gate` is per head) or `"auto"`: `"triton"` on CUDA for what the
+            kernels take, else `"chunk"`. "chunk" and "triton" are library operators that save their inputs and nothing else
+            for backward.
 
     Returns:
         y [B, T, D], contiguous, in `attn`'s dtype, or in `memory`'s where `attn` is None; also for `memory` [B, T, H, d]. All
@@ -65,8 +67,26 @@ def gated_fusion(
     """
     _check(attn, memory, alpha, gate, norm_weight, eps)
     chosen = resolve_impl("gated_fusion", impl, memory)
-    op = gated_fusion_reference if chosen == "reference" else registration.gated_fusion_chunk
-    return op(attn, memory, alpha, gate, norm_weight, eps)
+    if chosen == "triton" and (width := _head_dim(memory, gate)) > registration.MAX_HEAD_DIM:
+        if impl == "triton":
+            name = "memory" if memory.dim() == 4 else "gate"
+            fail(name, f"must have heads of at most {registration.MAX_HEAD_DIM} channels with `impl`='triton'", width, "Use 'chunk'")
+        chosen = "chunk"
+    return _OPS[chosen](attn, memory, alpha, gate, norm_weight, eps)
+
+
+_OPS = {
+    "reference": gated_fusion_reference,
+    "chunk": registration.gated_fusion_chunk,
+    "triton": registration.gated_fusion_triton,
+}
+
+
+def _head_dim(memory: torch.Tensor, gate: torch.Tensor | None) -> int:
+    """Channels of what a norm or a gate is taken over; 1 where there are no heads."""
+    if memory.dim() == 4:
+        return memory.shape[3]
+    return 1 if gate is None else memory.shape[2] // gate.shape[2]
 
 
 def _check(

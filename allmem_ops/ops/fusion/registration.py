@@ -1,75 +1,82 @@
-"""`gated_fusion` as torch.library operators: schema, fake, autograd.
+"""`gated_fusion` as torch.library operators: schema, fake, autograd, for the plain form and for the kernels.
 
 No FLOP formula: the work is elementwise, which `torch.utils.flop_counter` counts as 0 for torch's own operators too.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from allmem_ops.ops.fusion.chunk import fusion_backward, fusion_forward
+
+# Channels of a head at most: the kernels keep a head's row in one tile.
+MAX_HEAD_DIM = 8192
+
+Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("allmem_ops::gated_fusion_chunk", mutates_args=())
 def gated_fusion_chunk(
-    attn: torch.Tensor | None,
-    memory: torch.Tensor,
-    alpha: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
+    attn: Tensor | None, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float
+) -> Tensor:
     return fusion_forward(attn, memory, alpha, gate, norm_weight, eps)
-
-
-@gated_fusion_chunk.register_fake
-def _(
-    attn: torch.Tensor | None,
-    memory: torch.Tensor,
-    alpha: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
-    return memory.flatten(2).new_empty(memory.flatten(2).shape, dtype=memory.dtype if attn is None else attn.dtype)
 
 
 @torch.library.custom_op("allmem_ops::gated_fusion_chunk_bwd", mutates_args=())
 def gated_fusion_chunk_bwd(
-    dy: torch.Tensor,
-    memory: torch.Tensor,
-    alpha: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dmemory, *grads = fusion_backward(dy, memory, alpha, gate, norm_weight, eps)
-    # An operator returns tensors only: an empty one where the argument is None.
-    return dmemory, *(dy.new_empty(0) if g is None else g for g in grads)
+    dy: Tensor, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _present(dy, fusion_backward(dy, memory, alpha, gate, norm_weight, eps))
 
 
-@gated_fusion_chunk_bwd.register_fake
-def _(
-    dy: torch.Tensor,
-    memory: torch.Tensor,
-    alpha: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return memory.new_empty(memory.shape), *(dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in (alpha, gate, norm_weight))
+@torch.library.custom_op("allmem_ops::gated_fusion_triton", mutates_args=())
+def gated_fusion_triton(
+    attn: Tensor | None, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float
+) -> Tensor:
+    from allmem_ops.ops.fusion.launch import launch_forward
+
+    return launch_forward(attn, memory, alpha, gate, norm_weight, eps)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+@torch.library.custom_op("allmem_ops::gated_fusion_triton_bwd", mutates_args=())
+def gated_fusion_triton_bwd(
+    dy: Tensor, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from allmem_ops.ops.fusion.launch import launch_backward
+
+    return _present(dy, launch_backward(dy, memory, alpha, gate, norm_weight, eps))
+
+
+def _present(dy: Tensor, grads: tuple[Tensor | None, ...]) -> Grads:
+    """An operator returns tensors only: an empty one where the argument is None."""
+    return tuple(dy.new_empty(0) if g is None else g for g in grads)
+
+
+def _fake(attn: Tensor | None, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float) -> Tensor:
+    return memory.flatten(2).new_empty(memory.flatten(2).shape, dtype=memory.dtype if attn is None else attn.dtype)
+
+
+def _fake_bwd(dy: Tensor, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float) -> Grads:
+    return _present(dy, tuple(None if x is None else x.new_empty(x.shape) for x in (memory, alpha, gate, norm_weight)))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, memory, alpha, gate, norm_weight, ctx.eps = inputs
     ctx.save_for_backward(memory, alpha, gate, norm_weight)
 
 
-def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    memory, alpha, gate, norm_weight = ctx.saved_tensors
-    named = zip((memory, alpha, gate, norm_weight), gated_fusion_chunk_bwd(dy, memory, alpha, gate, norm_weight, ctx.eps), strict=True)
-    grads = [None if x is None else g for x, g in named]
-    return (dy if ctx.needs_input_grad[0] else None), *grads, None
+def _autograd(backward: Callable[..., Grads]) -> Callable[..., tuple[Tensor | None, ...]]:
+    def run(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        grads = [None if x is None else g for x, g in zip(inputs, backward(dy, *inputs, ctx.eps), strict=True)]
+        return (dy if ctx.needs_input_grad[0] else None), *grads, None
+
+    return run
 
 
-gated_fusion_chunk.register_autograd(_backward, setup_context=_setup_context)
+for _forward, _backward in ((gated_fusion_chunk, gated_fusion_chunk_bwd), (gated_fusion_triton, gated_fusion_triton_bwd)):
+    _forward.register_fake(_fake)
+    _backward.register_fake(_fake_bwd)
+    _forward.register_autograd(_autograd(_backward), setup_context=_setup_context)

@@ -31,7 +31,6 @@ _BAD = {
     "eps-nan": ({"eps": float("nan")}, "`eps` must be greater than 0.0; got nan"),
     "eps-tensor": ({"eps": torch.tensor(1e-6)}, "`eps` must be a number; got Tensor"),
     "impl-unknown": ({"impl": "cuda"}, "`impl` must be one of 'reference', 'chunk', 'triton', 'auto'; got 'cuda'"),
-    "impl-triton": ({"impl": "triton"}, "no Triton kernel exists yet for `gated_fusion`"),
 }
 
 
