@@ -19,9 +19,11 @@ from allmem_ops._validation import (
 from allmem_ops.ops.precision import accumulator_dtype, ieee_float32
 from allmem_ops.ops.ttt_mlp.layout import side_by_side
 from allmem_ops.ops.ttt_mlp.reference import Carry, Options, row_norms, ttt_mlp_reference
-from allmem_ops.ops.ttt_mlp.registration import ttt_mlp_chunk, ttt_mlp_step_chunk
+from allmem_ops.ops.ttt_mlp.registration import ttt_mlp_chunk, ttt_mlp_step_chunk, ttt_mlp_triton
+from allmem_ops.ops.ttt_mlp.slots import Outputs, covers
 from allmem_ops.ops.ttt_mlp.state import MemoryState, check_options, check_weights
 from allmem_ops.ops.ttt_mlp.step import MAX_STEP_TOKENS, step_reference
+from allmem_ops.ops.ttt_mlp.tail import empty_tail, fold_
 
 
 class TTTMLPOutput(NamedTuple):
@@ -91,7 +93,8 @@ def ttt_mlp(
         cu_seqlens: None, or int32 or int64 [N+1]: B = 1 and sequence n holds the tokens cu_seqlens[n] to
             cu_seqlens[n+1]. Chunks restart at each; row n of the states belongs to sequence n. Empty ones are legal.
         impl: "reference" (the definition), "chunk" (batched matrix products and a hand-written backward; the host reads
-            `cu_seqlens` and the state's `count` once per call) or "auto": "chunk". "triton" has no kernel yet.
+            `cu_seqlens` and the state's `count` once per call), "triton" (kernels: bfloat16, float16, float32, d and h multiples
+            of 16 up to 128 and 512; the host reads nothing) or "auto": "triton" for CUDA tensors that it covers, else "chunk".
 
     Returns:
         TTTMLPOutput: `o` [B, T, H, d] in q's dtype and `state`, a `MemoryState` of B or N rows, or None.
@@ -134,12 +137,16 @@ def ttt_mlp(
     options = Options(chunk_size, norm, residual, grad_clip, eps)
     if initial_state is not None:
         _check_initial_state(initial_state, q, sequences, known, options)
-    impl = resolve_impl("ttt_mlp", impl, q)
+        initial_state = initial_state.folded()
+    impl = _resolve("ttt_mlp", impl, q, known["h"])
 
     weights = (w_gate, w_up, w_down)
-    norms = tuple(map(row_norms, weights))
-    arguments = q, k, v, eta, mu, weights, norms, initial_state, sequences, cu_seqlens, options
-    o, end = _chunk(*arguments, output_final_state) if impl == "chunk" else _reference(*arguments)
+    if impl == "triton":
+        o, end = _triton(q, k, v, eta, mu, weights, initial_state, sequences, cu_seqlens, options, output_final_state)
+    else:
+        norms = tuple(map(row_norms, weights))
+        arguments = q, k, v, eta, mu, weights, norms, initial_state, sequences, cu_seqlens, options
+        o, end = _chunk(*arguments, output_final_state) if impl == "chunk" else _reference(*arguments)
     if not output_final_state:
         return TTTMLPOutput(o, None)
     lengths = q.shape[1] if cu_seqlens is None else cu_seqlens.diff().to(torch.int64)
@@ -148,9 +155,10 @@ def ttt_mlp(
     state = MemoryState(
         *end.w,
         *end.m,
-        *(n.detach().expand(sequences, -1, -1).clone() for n in norms),
+        *(n.detach().expand(sequences, -1, -1).clone() for n in end.n),
         *end.g,
-        mu_sum=end.mu_sum,
+        end.mu_sum,
+        *empty_tail(sequences, known["H"], known["d"], q.dtype, w_gate.detach()),
         count=(held + lengths) % chunk_size,
         position=position + lengths,
         initial_gate=w_gate.detach(),
@@ -214,9 +222,20 @@ def ttt_mlp_step(
     with torch.no_grad():
         if impl == "reference":
             with ieee_float32():
+                fold_(carry, state.held_back(), active, options)
                 return step_reference(q, k, v, eta, mu, carry, state.position, active, options)
-        changed = [*carry.w, *carry.m, *carry.g, carry.mu_sum, carry.count, state.position]
+        changed = [*carry.w, *carry.m, *carry.g, carry.mu_sum, carry.count, state.position, *state.held_back()]
         return ttt_mlp_step_chunk(q, k, v, eta, mu, changed, list(carry.n), active, *options)
+
+
+def _resolve(op: str, impl: str, q: Tensor, h: int) -> str:
+    """The implementation, where the kernels' limits on d and h count too."""
+    chosen = resolve_impl(op, impl, q)
+    if chosen == "triton" and not covers(q.shape[-1], h):
+        if impl == "triton":
+            fail("q", "must have d and h that the kernels take (multiples of 16, d up to 128, h up to 512)", (q.shape[-1], h), "Use 'chunk'")
+        return "chunk"
+    return chosen
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor) -> dict[str, int]:
@@ -289,6 +308,23 @@ def _chunk(
     if not output_final_state:
         return o, None
     return o, Carry(*(_three(x, h, d) for x in (w_end, m_end)), norms, _three(g_end, h, d), mu_end, None)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, weights: _Three, state: MemoryState | None,
+    sequences: int, cu_seqlens: Tensor | None, options: Options, output_final_state: bool,
+) -> tuple[Tensor, Carry | None]:  # fmt: skip
+    heads, h, d = weights[0].shape
+    held = [None] * 11
+    if state is not None:
+        learnt = state.w_gate, state.w_up, state.w_down, state.m_gate, state.m_up, state.m_down
+        held = [*learnt, state.g_gate, state.g_up, state.g_down, state.mu_sum, state.count]
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, eta, mu, *weights, *held[:6]))
+    out = Outputs(*ttt_mlp_triton(q, k, v, eta, mu, *weights, *held, cu_seqlens, *options, output_final_state, save))
+    if not output_final_state:
+        return out.o, None
+    norms = out.n.split([h, h, d], -1)
+    return out.o, Carry(out[1:4], out[4:7], norms, out[7:10], out.mu_sum, None)
 
 
 def _flat(three: _Three) -> Tensor:

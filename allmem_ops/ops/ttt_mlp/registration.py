@@ -11,8 +11,10 @@ from allmem_ops.ops.precision import ieee_float32
 from allmem_ops.ops.ttt_mlp.chain import Memory, Saved, Tokens, backward, forward
 from allmem_ops.ops.ttt_mlp.chunk import Problem
 from allmem_ops.ops.ttt_mlp.layout import Batch, batches, slots
-from allmem_ops.ops.ttt_mlp.reference import Carry
+from allmem_ops.ops.ttt_mlp.reference import Carry, Options
+from allmem_ops.ops.ttt_mlp.slots import Kept, Outputs, State, gradients, outputs, spans
 from allmem_ops.ops.ttt_mlp.step import step_chunk
+from allmem_ops.ops.ttt_mlp.tail import Tail, fold_
 
 
 def _problem(q: Tensor, norms: Tensor, *, chunk_size: int, norm: str, residual: bool, grad_clip: float | None, eps: float) -> Problem:
@@ -238,11 +240,12 @@ def ttt_mlp_step_chunk(
     grad_clip: float | None,
     eps: float,
 ) -> Tensor:
-    """o; `state` holds W, M, G of gate, up and down, then mu_sum, count and position, changed in place. No autograd."""
-    *matrices, mu_sum, count, position = state
+    """o; `state` holds W, M, G of gate, up and down, then mu_sum, count, position and the tail, changed in place. No autograd."""
+    *matrices, mu_sum, count, position = state[:-4]
     carry = Carry(tuple(matrices[:3]), tuple(matrices[3:6]), tuple(norms), tuple(matrices[6:]), mu_sum, count)
     p = Problem(q.shape[-1], norms[0].shape[-1], q.dtype, chunk_size, norm, residual, grad_clip, eps)
     with ieee_float32():
+        fold_(carry, Tail(*state[-4:]), active, Options(chunk_size, norm, residual, grad_clip, eps))
         return step_chunk(p, q, k, v, eta, mu, carry, position, active)
 
 
@@ -305,3 +308,136 @@ def _flops_step(
     """Every token is read and folded into G; a segment's masked tokens are work, not counted."""
     batch, length, heads, d = q.shape
     return forward_flops(batch * length, batch * length, heads, d, norms[0].shape[-1])
+
+
+# ---- the Triton kernels
+
+
+@torch.library.custom_op("allmem_ops::ttt_mlp_triton", mutates_args=())
+def ttt_mlp_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    state_w_gate: Tensor | None,
+    state_w_up: Tensor | None,
+    state_w_down: Tensor | None,
+    state_m_gate: Tensor | None,
+    state_m_up: Tensor | None,
+    state_m_down: Tensor | None,
+    state_g_gate: Tensor | None,
+    state_g_up: Tensor | None,
+    state_g_down: Tensor | None,
+    mu_sum: Tensor | None,
+    count: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    norm: str,
+    residual: bool,
+    grad_clip: float | None,
+    eps: float,
+    keep: bool,
+    save: bool,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
+    """`slots.Outputs`. A state's tensors come together or not at all; `keep`: the final state is wanted; `save`: a backward follows."""
+    from allmem_ops.ops.ttt_mlp.launch import ttt_mlp_triton_forward
+
+    state = None
+    if count is not None:
+        matrices = state_w_gate, state_w_up, state_w_down, state_m_gate, state_m_up, state_m_down, state_g_gate, state_g_up, state_g_down
+        state = State(*matrices, mu_sum, count)
+    options = Options(chunk_size, norm, residual, grad_clip, eps)
+    return tuple(ttt_mlp_triton_forward(q, k, v, eta, mu, (w_gate, w_up, w_down), state, cu_seqlens, options, keep, save))
+
+
+@ttt_mlp_triton.register_fake
+def _(q: Tensor, _k: Tensor, _v: Tensor, _eta: Tensor, _mu: Tensor, w_gate: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    count, cu_seqlens, chunk_size, _, _, grad_clip, _, keep, save = rest[-9:]
+    return tuple(outputs(q, w_gate, spans(q, cu_seqlens, chunk_size, count is not None, keep), grad_clip is not None, save))
+
+
+@torch.library.custom_op("allmem_ops::ttt_mlp_triton_bwd", mutates_args=())
+def ttt_mlp_triton_bwd(
+    do: Tensor,
+    dw_gate: Tensor | None,
+    dw_up: Tensor | None,
+    dw_down: Tensor | None,
+    dm_gate: Tensor | None,
+    dm_up: Tensor | None,
+    dm_down: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    state_m_gate: Tensor | None,
+    state_m_up: Tensor | None,
+    state_m_down: Tensor | None,
+    count: Tensor | None,
+    cu_seqlens: Tensor | None,
+    n: Tensor,
+    x: Tensor,
+    size: Tensor,
+    m: Tensor,
+    mu_mean: Tensor,
+    g_size: Tensor,
+    first: Tensor,
+    slots: Tensor,
+    chunk_size: int,
+    norm: str,
+    residual: bool,
+    grad_clip: float | None,
+    eps: float,
+    keep: bool,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
+    """Gradients of q, k, v, eta, mu, the three weights and, with a state (else [0]), of its three weights and three momenta.
+
+    `dw_*`, `dm_*`: gradients of the final state's, None where there are none. With a state the weights' are those through N alone.
+    """
+    from allmem_ops.ops.ttt_mlp.launch_bwd import ttt_mlp_triton_backward
+
+    ends = (dw_gate, dw_up, dw_down, dm_gate, dm_up, dm_down)
+    state_m = None if count is None else (state_m_gate, state_m_up, state_m_down)
+    kept = Kept(n, x, size, m, mu_mean, g_size, first, slots)
+    options = Options(chunk_size, norm, residual, grad_clip, eps)
+    weights = w_gate, w_up, w_down
+    return tuple(ttt_mlp_triton_backward(do, ends, q, k, v, eta, mu, weights, state_m, count, cu_seqlens, kept, options, keep))
+
+
+@ttt_mlp_triton_bwd.register_fake
+def _(_do: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    count = rest[17]
+    return gradients(rest[6:11], rest[11:14], 0 if count is None else count.shape[0])
+
+
+def _setup_triton(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tokens_and_weights, state, (cu_seqlens, *options, keep, _) = inputs[:8], State(*inputs[8:19]), inputs[19:]
+    out = Outputs(*output)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[7:])
+    saved = out.n, out.x, out.size, out.m, out.mu_mean, out.g_size, out.first, out.slots
+    ctx.save_for_backward(*tokens_and_weights, state.m_gate, state.m_up, state.m_down, state.count, cu_seqlens, *saved)
+    ctx.options = *options, keep
+
+
+def _triton_backward(ctx: Any, do: Tensor | None, *ends: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+    do = torch.zeros_like(saved[0]) if do is None else do
+    grads = ttt_mlp_triton_bwd(do, *ends[:6], *saved, *ctx.options)
+    with_state = saved[11] is not None
+    return (*grads[:8], *(grads[8:] if with_state else [None] * 6), *[None] * 13)
+
+
+ttt_mlp_triton.register_autograd(_triton_backward, setup_context=_setup_triton)

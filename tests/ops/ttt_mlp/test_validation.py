@@ -44,7 +44,7 @@ CASES = {
     "output_final_state None": (lambda x: x | {"output_final_state": None}, "`output_final_state` must be a bool"),
     "packed batch of 2": (lambda x: x | {"cu_seqlens": torch.tensor([0, 5])}, "`q` must have batch size 1 with `cu_seqlens`"),
     "unknown impl": (lambda x: x | {"impl": "cuda"}, "`impl` must be one of"),
-    "no kernel": (lambda x: x | {"impl": "triton"}, "no Triton kernel exists yet"),
+    "no kernel for the widths": (lambda x: x | {"impl": "triton"}, "`q` must have d and h that the kernels take"),
 }
 
 

@@ -5,7 +5,7 @@ the tiles i_k, i_k + SP, ... of the chunk's tokens into a slab; then each progra
 SP slabs in order and carries W and M on. Programs are coupled only there, in the row norms of Wdown and, with a clip, in |G|.
 
 Two forms with the same device functions: three kernels a step (`ttt_mlp_fwd_write_kernel`, `..._clip_kernel`, `..._commit_kernel`), and
-one persistent kernel. Slots, spans and the names of what is stored: launch.py. The code works with D = -G, which removes every sign.
+one persistent kernel. Slots, spans and the names of what is stored: slots.py. The code works with D = -G, which removes every sign.
 """
 
 import triton
@@ -16,6 +16,7 @@ from allmem_ops.ops.ttt_mlp.kernels.common import (
     POST_WRITE,
     chunk_span,
     column_size,
+    first_slot,
     load_public,
     load_three,
     point,
@@ -191,7 +192,7 @@ def ttt_mlp_fwd_init_kernel(
     if i_x < H:
         tl.store(p_n, n_gate, mask=o_h < HID)
         tl.store(p_n + HID, n_up, mask=o_h < HID)
-    i_r = (tl.load(first + i_x // H) if PACKED else i_x // H * steps) * H + i_h
+    i_r = first_slot(first, i_x // H, steps, PACKED) * H + i_h
     z_gate = tl.zeros([BD, HP], dtype=tl.float32)
     z_up = z_gate
     z_down = z_gate

@@ -45,17 +45,25 @@ def written_chunks(length, held, chunk_size, KEEP: tl.constexpr):
 
 
 @triton.jit
-def sequence_slots(first, i_n, steps, length, held, chunk_size, PACKED: tl.constexpr, KEEP: tl.constexpr):
-    """(slot of chunk 0 of sequence `i_n`, its written chunks); chunk j has the j-th slot after that of chunk 0.
+def first_slot(first, i_n, steps, PACKED: tl.constexpr):
+    """The slot of chunk 0 of sequence `i_n`; its chunk j has the j-th slot after it."""
+    if PACKED:
+        return tl.load(first + i_n)
+    else:
+        return i_n * steps
 
-    `steps`: slots of a sequence; packed: of all. Offsets that are no offsets may overlap, but not pass the last slot.
+
+@triton.jit
+def sequence_slots(first, i_n, steps, length, held, chunk_size, PACKED: tl.constexpr, KEEP: tl.constexpr):
+    """(slot of chunk 0 of sequence `i_n`, its written chunks).
+
+    `steps`: slots of a sequence; packed: of all. `cu_seqlens` that decreases may make slots overlap, but not pass the last one.
     """
+    slot = first_slot(first, i_n, steps, PACKED)
     written = written_chunks(length, held, chunk_size, KEEP)
     if PACKED:
-        slot = tl.load(first + i_n)
-        return slot, tl.minimum(written, steps - 1 - slot)
-    else:
-        return i_n * steps, written
+        written = tl.minimum(written, steps - 1 - slot)
+    return slot, written
 
 
 @triton.jit
