@@ -142,7 +142,7 @@ def ttt_mlp(
 
     weights = (w_gate, w_up, w_down)
     if impl == "triton":
-        o, end = _triton(q, k, v, eta, mu, weights, initial_state, sequences, cu_seqlens, options, output_final_state)
+        o, end = _triton(q, k, v, eta, mu, weights, initial_state, cu_seqlens, options, output_final_state)
     else:
         norms = tuple(map(row_norms, weights))
         arguments = q, k, v, eta, mu, weights, norms, initial_state, sequences, cu_seqlens, options
@@ -233,7 +233,8 @@ def _resolve(op: str, impl: str, q: Tensor, h: int) -> str:
     chosen = resolve_impl(op, impl, q)
     if chosen == "triton" and not covers(q.shape[-1], h):
         if impl == "triton":
-            fail("q", "must have d and h that the kernels take (multiples of 16, d up to 128, h up to 512)", (q.shape[-1], h), "Use 'chunk'")
+            expected = "must have d and h that the kernels take (multiples of 16, d up to 128, h up to 512)"
+            fail("q", expected, (q.shape[-1], h), "Use 'chunk'")
         return "chunk"
     return chosen
 
@@ -312,9 +313,9 @@ def _chunk(
 
 def _triton(
     q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, weights: _Three, state: MemoryState | None,
-    sequences: int, cu_seqlens: Tensor | None, options: Options, output_final_state: bool,
+    cu_seqlens: Tensor | None, options: Options, output_final_state: bool,
 ) -> tuple[Tensor, Carry | None]:  # fmt: skip
-    heads, h, d = weights[0].shape
+    _, h, d = weights[0].shape
     held = [None] * 11
     if state is not None:
         learnt = state.w_gate, state.w_up, state.w_down, state.m_gate, state.m_up, state.m_down

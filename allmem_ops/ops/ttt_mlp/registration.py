@@ -12,7 +12,7 @@ from allmem_ops.ops.ttt_mlp.chain import Memory, Saved, Tokens, backward, forwar
 from allmem_ops.ops.ttt_mlp.chunk import Problem
 from allmem_ops.ops.ttt_mlp.layout import Batch, batches, slots
 from allmem_ops.ops.ttt_mlp.reference import Carry, Options
-from allmem_ops.ops.ttt_mlp.slots import Kept, Outputs, State, gradients, outputs, spans
+from allmem_ops.ops.ttt_mlp.slots import Outputs, State, gradients, outputs, spans
 from allmem_ops.ops.ttt_mlp.step import step_chunk
 from allmem_ops.ops.ttt_mlp.tail import Tail, fold_
 
@@ -409,11 +409,12 @@ def ttt_mlp_triton_bwd(
     from allmem_ops.ops.ttt_mlp.launch_bwd import ttt_mlp_triton_backward
 
     ends = (dw_gate, dw_up, dw_down, dm_gate, dm_up, dm_down)
-    state_m = None if count is None else (state_m_gate, state_m_up, state_m_down)
-    kept = Kept(n, x, size, m, mu_mean, g_size, first, slots)
+    state = None if count is None else State(None, None, None, state_m_gate, state_m_up, state_m_down, None, None, None, None, count)
+    saved = Outputs(*[None] * 11, n, x, size, m, mu_mean, g_size, first, slots)
     options = Options(chunk_size, norm, residual, grad_clip, eps)
     weights = w_gate, w_up, w_down
-    return tuple(ttt_mlp_triton_backward(do, ends, q, k, v, eta, mu, weights, state_m, count, cu_seqlens, kept, options, keep))
+    found = ttt_mlp_triton_backward(do, ends, q, k, v, eta, mu, weights, state, cu_seqlens, saved, options, keep)
+    return (*found[:8], *(found.state or [w.new_empty(0) for w in (*weights, *weights)]))
 
 
 @ttt_mlp_triton_bwd.register_fake

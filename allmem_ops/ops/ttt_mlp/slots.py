@@ -75,7 +75,7 @@ class Spans(NamedTuple):
 
 
 class State(NamedTuple):
-    """The tensors of an initial state, in the order in which operators take them."""
+    """The tensors of an initial state, in the order in which the operator takes them; the backward gets M and `count` alone."""
 
     w_gate: Tensor
     w_up: Tensor
@@ -91,7 +91,10 @@ class State(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the forward returns: o, the final state [N, H, ...] (without `keep`: no rows), N, and what it saves (without `save`: [0])."""
+    """What the forward returns: o, the final state [N, H, ...] (without `keep`: no rows), N, and what it saves (without `save`: [0]).
+
+    The backward gets N and what follows.
+    """
 
     o: Tensor
     w_gate: Tensor
@@ -136,19 +139,6 @@ def outputs(q: Tensor, w_gate: Tensor, spans: Spans, clipped: bool, save: bool) 
         w_gate.new_empty(spans.sequences if tables else 0, dtype=torch.int32),
         w_gate.new_empty(spans.slots if tables else 0, 2, dtype=torch.int32),
     )
-
-
-class Kept(NamedTuple):
-    """What the backward gets of `Outputs`."""
-
-    n: Tensor
-    x: Tensor
-    size: Tensor
-    m: Tensor
-    mu_mean: Tensor
-    g_size: Tensor
-    first: Tensor
-    slots: Tensor
 
 
 def covers(d: int, h: int) -> bool:
