@@ -25,6 +25,7 @@ from typing import Any, Literal, Self
 
 from allmem_ops._validation import check_choice, check_int, fail
 from allmem_ops.ops.swa.geometry import visible_pairs
+from allmem_ops.ops.ttt_mlp.tail import TAIL_TOKENS
 
 Mixer = Literal["full", "swa", "allmem"]
 
@@ -194,10 +195,12 @@ def memory_state_bytes(shape: MixerShape) -> int:
     """Bytes of one layer's memory branch between two steps of a sequence: `MemoryState` and the convolution's tail.
 
     float32 for each head: weights, momentum and the open chunk's gradient sums, 3 times 3 d h; row norms of the initial weights,
-    h + h + d; the sum of mu, 1. Two int64 counters. The convolution keeps conv_size - 1 inputs of 3 H d channels in the activations' dtype.
+    h + h + d; the sum of mu, 1; the rates of a tail of 64 tokens, whose keys and values are in the activations' dtype. Three
+    int64 counters. The convolution keeps conv_size - 1 inputs of 3 H d channels in the activations' dtype.
     """
     d, h = shape.memory_dim, shape.memory_hidden
-    state = 4 * shape.memory_heads * (9 * d * h + 2 * h + d + 1) + 2 * 8
+    tail = TAIL_TOKENS * (2 * d * shape.element_size + 3 * 4)
+    state = shape.memory_heads * (4 * (9 * d * h + 2 * h + d + 1) + tail) + 3 * 8
     return state + (shape.conv_size - 1) * 3 * shape.memory_heads * d * shape.element_size
 
 

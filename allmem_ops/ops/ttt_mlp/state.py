@@ -1,7 +1,7 @@
 """`MemoryState`: what the memory carries from token to token, in constant bytes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from allmem_ops._validation import (
     fail,
     short,
 )
-from allmem_ops.ops.precision import accumulator_dtype
+from allmem_ops.ops.precision import accumulator_dtype, ieee_float32
 from allmem_ops.ops.state import RowState, Shared
-from allmem_ops.ops.ttt_mlp.reference import Carry, row_norms
+from allmem_ops.ops.ttt_mlp.reference import Carry, Options, row_norms
+from allmem_ops.ops.ttt_mlp.tail import TAIL_TOKENS, Tail, empty_tail, is_empty, tail_gradient
 
 NORMS = ("pre_write", "post_write", "none")
 MATRICES = ("gate", "up", "down")
@@ -60,6 +61,8 @@ class MemoryState(RowState):
         n_gate, n_up, n_down: row norms N of the initial weights [N, H, h], [N, H, h], [N, H, d].
         g_gate, g_up, g_down: gradient sums G of the open chunk, shaped as the weights.
         mu_sum: sum of mu over the open chunk [N, H].
+        tail_k, tail_v: [N, H, 64, d] in `dtype`, tail_eta [N, H, 64, 3]: the open chunk's newest tokens, which G does not hold yet.
+        tail: int64 [N], how many of them count. Only the decode kernels leave any; `folded` is the state without them.
         count: int64 [N], the tokens in the open chunk: 0 to chunk_size - 1.
         position: int64 [N], the tokens read so far.
         initial_gate, initial_up, initial_down: the initial weights [H, ...], shared by all rows and with the caller:
@@ -81,6 +84,10 @@ class MemoryState(RowState):
     g_up: Tensor
     g_down: Tensor
     mu_sum: Tensor
+    tail_k: Tensor
+    tail_v: Tensor
+    tail_eta: Tensor
+    tail: Tensor
     count: Tensor
     position: Tensor
     initial_gate: Shared
@@ -136,7 +143,8 @@ class MemoryState(RowState):
             *zeros[:3],
             *norms,
             *zeros[3:],
-            mu_sum=w_gate.new_zeros(batch, heads),
+            w_gate.new_zeros(batch, heads),
+            *empty_tail(batch, heads, known["d"], dtype, w_gate.detach()),
             count=torch.zeros(batch, dtype=torch.int64, device=w_gate.device),
             position=torch.zeros(batch, dtype=torch.int64, device=w_gate.device),
             initial_gate=w_gate.detach(),
@@ -161,6 +169,21 @@ class MemoryState(RowState):
             count=self.count,
         )
 
+    def held_back(self) -> Tail:
+        """The tokens that the gradient sums do not hold yet."""
+        return Tail(self.tail_k, self.tail_v, self.tail_eta, self.tail)
+
+    @torch.no_grad()
+    def folded(self) -> "MemoryState":
+        """The same state with an empty tail: new gradient sums, everything else shared. `self` where no row is known to hold any."""
+        if is_empty(self.held_back()):
+            return self
+        options = Options(self.chunk_size, self.norm, self.residual, self.grad_clip, self.eps)
+        with ieee_float32():
+            found = tail_gradient(self.carry(), self.held_back(), options)
+        sums = {f"g_{name}": getattr(self, f"g_{name}") + g for name, g in zip(MATRICES, found, strict=True)}
+        return replace(self, **sums, tail=torch.zeros_like(self.tail))
+
     @torch.no_grad()
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
         """Back to the initial weights, in place, for the given sequences or for all."""
@@ -169,8 +192,9 @@ class MemoryState(RowState):
             initial = getattr(self, f"initial_{name}")
             for prefix, value in (("w", initial), ("n", row_norms(initial))):
                 getattr(self, f"{prefix}_{name}").index_copy_(0, index, value.expand(index.shape[0], *value.shape))
-        for x in (self.m_gate, self.m_up, self.m_down, self.g_gate, self.g_up, self.g_down, self.mu_sum, self.count, self.position):
-            x.index_fill_(0, index, 0)
+        for name, x in self.tensors().items():
+            if name[0] not in "wn":
+                x.index_fill_(0, index, 0)
 
     def check(self) -> None:
         """Raise `ValueError` unless options, shapes, dtypes and devices fit together."""
@@ -180,9 +204,11 @@ class MemoryState(RowState):
         check_weights(self.initial_gate, self.initial_up, self.initial_down, known, "initial")
         dtype = accumulator_dtype(_DTYPES[self.dtype])
         floats = [(f"{prefix}_{m}", dims) for prefix in "wmg" for m, dims in zip(MATRICES, ("N H h d", "N H h d", "N H d h"), strict=True)]
-        floats += [("n_gate", "N H h"), ("n_up", "N H h"), ("n_down", "N H d"), ("mu_sum", "N H")]
-        ints = [("count", "N"), ("position", "N")]
-        for (name, dims), want in [(x, dtype) for x in floats] + [(x, torch.int64) for x in ints]:
+        floats += [("n_gate", "N H h"), ("n_up", "N H h"), ("n_down", "N H d"), ("mu_sum", "N H"), ("tail_eta", f"N H {TAIL_TOKENS} 3")]
+        tokens = [("tail_k", f"N H {TAIL_TOKENS} d"), ("tail_v", f"N H {TAIL_TOKENS} d")]
+        ints = [("tail", "N"), ("count", "N"), ("position", "N")]
+        wanted = [(floats, dtype), (tokens, _DTYPES[self.dtype]), (ints, torch.int64)]
+        for name, dims, want in [(*x, want) for group, want in wanted for x in group]:
             x = getattr(self, name)
             check_shape(name, x, dims, known)
             check_dtype(name, x, want)
@@ -192,3 +218,6 @@ class MemoryState(RowState):
             counts = self.count.tolist()  # a CPU tensor: nothing to wait for
             if not all(0 <= n < self.chunk_size for n in counts):
                 fail("count", f"must lie in [0, {self.chunk_size}), `chunk_size`", counts)
+            tails = self.tail.tolist()
+            if not all(0 <= n < TAIL_TOKENS and n <= count for n, count in zip(tails, counts, strict=True)):
+                fail("tail", f"must lie in [0, {TAIL_TOKENS}) and not exceed `count`={counts}", tails)
