@@ -17,7 +17,7 @@ from allmem_ops._validation import (
 )
 from allmem_ops.ops.swa.cache import WindowCache
 from allmem_ops.ops.swa.reference import swa_reference, swa_step_reference
-from allmem_ops.ops.swa.registration import STEP_MAX_HEAD_DIM, swa_chunk, swa_step_chunk, swa_step_triton
+from allmem_ops.ops.swa.registration import MAX_HEAD_DIM, swa_chunk, swa_step_chunk, swa_step_triton, swa_triton
 
 
 def swa(
@@ -53,8 +53,8 @@ def swa(
             cu_seqlens[n] to cu_seqlens[n+1]. Positions, windows and sinks restart in each; sequences may be empty.
             `impl="chunk"` reads it on the host once a call.
         return_lse: also return the log-sum-exp, default False.
-        impl: "reference" (dense mask, O(Tq * Tk) memory), "chunk" (O(T * (window + sinks)) time), "triton", or "auto", which
-            is "chunk".
+        impl: "reference" (dense mask, O(Tq * Tk) memory), "chunk" (O(T * (window + sinks)) time), "triton" (kernels: bfloat16,
+            float16, float32, D up to 256), or "auto": "triton" for CUDA tensors that it covers, else "chunk".
 
     Returns:
         `o` [B, Tq, HQ, D] in q's dtype; with `return_lse` the pair (`o`, `lse`), `lse` fp32 [B, Tq, HQ] (float64 for float64
@@ -99,8 +99,7 @@ def swa(
     check_int("window", window, 1)
     check_int("sinks", sinks, 0)
     check_bool("return_lse", return_lse)
-    impl = resolve_impl("swa", impl, q)
-    run = swa_reference if impl == "reference" else swa_chunk
+    run = {"reference": swa_reference, "chunk": swa_chunk, "triton": swa_triton}[_resolve("swa", impl, q)]
     o, lse = run(q, k, v, q_sinks, cu_seqlens, window, sinks, _scale(scale, q))
     return (o, lse) if return_lse else o
 
@@ -166,19 +165,25 @@ def swa_step(
         check_shape("active", active, "B", known)
         check_dtype("active", active, torch.bool)
         check_device("active", active, cache.device, "cache")
-    chosen = resolve_impl("swa_step", impl, q)
-    if chosen == "triton" and known["D"] > STEP_MAX_HEAD_DIM:
-        if impl == "triton":
-            fail("q", f"must have a head dim D of at most {STEP_MAX_HEAD_DIM} with `impl`='triton'", known["D"], "Use 'chunk'")
-        chosen = "chunk"
+    impl = _resolve("swa_step", impl, q)
     scale = _scale(scale, q)  # the last check: a refused call leaves the cache as it was
-    if chosen == "triton":
+    if impl == "triton":
         return swa_step_triton(q, k, v, q_sinks, active, cache.sink_k, cache.sink_v, cache.ring_k, cache.ring_v, cache.positions, scale)
     position = cache.positions.clone()  # `write` moves the cache's own on
     cache.write(k, v, active)
-    run = swa_step_reference if chosen == "reference" else swa_step_chunk
+    run = swa_step_reference if impl == "reference" else swa_step_chunk
     o = run(q, q_sinks, cache.sink_k, cache.sink_v, cache.ring_k, cache.ring_v, position, scale)
     return o if active is None else torch.where(active[:, None, None, None], o, 0)
+
+
+def _resolve(op: str, impl: str, q: Tensor) -> str:
+    """`resolve_impl`, and the kernels' largest head dim."""
+    chosen = resolve_impl(op, impl, q)
+    if chosen == "triton" and q.shape[-1] > MAX_HEAD_DIM:
+        if impl == "triton":
+            fail("q", f"must have a head dim D of at most {MAX_HEAD_DIM} with `impl`='triton'", q.shape[-1], "Use 'chunk'")
+        return "chunk"
+    return chosen
 
 
 def _check_heads(known: dict[str, int]) -> None:

@@ -14,7 +14,6 @@ from allmem_ops.ops.kernels.device import gpu_class
 from allmem_ops.ops.swa.kernels.fwd import swa_fwd_kernel
 
 LOG2E = 1.4426950408889634
-MAX_HEAD_DIM = 256
 
 
 def padded_head_dim(D: int) -> int:
@@ -29,13 +28,15 @@ def strides(**tensors: Tensor | None) -> Mapping[str, int]:
 
 def describable(x: Tensor) -> bool:
     """Whether TMA can read `x` [B, T, H, D]: rows contiguous, base and the other strides multiples of 16 bytes."""
-    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+    outer = (s > 0 and s * x.element_size() % 16 == 0 for n, s in zip(x.shape[:3], x.stride(), strict=False) if n > 1)
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(outer)
 
 
 def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
     """`x` [B, T, H, D] as [B, H, T, D], read in tiles [1, 1, rows, cols]: zeros past T and D."""
-    (B, T, H, D), (b, t, h, d) = x.shape, x.stride()
-    return TensorDescriptor(x, [B, H, T, D], [b, h, t, d], [1, 1, rows, cols])
+    # The stride of a dimension of one element means nothing, and need not be a multiple of 16 bytes.
+    (B, T, H, D), (b, t, h) = x.shape, (16 if n == 1 else s for n, s in zip(x.shape[:3], x.stride(), strict=False))
+    return TensorDescriptor(x, [B, H, T, D], [b, h, t, 1], [1, 1, rows, cols])
 
 
 def query_block_count(Tq: int, cu_seqlens: Tensor | None, size: int) -> int:

@@ -1,9 +1,10 @@
-"""`allmem_ops::swa_chunk`, its backward and `allmem_ops::swa_step_chunk` as library operators: schema, shapes, autograd and FLOP formulas.
+"""`allmem_ops::swa_chunk` and `swa_triton`, their backwards and steps as library operators: schema, shapes, autograd and FLOP formulas.
 
 `window`, `sinks` and T are run-time arguments of an opaque operator, so torch.compile neither unrolls the loop over
 blocks nor recompiles when they change.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,17 @@ def swa_chunk(
     return swa_chunk_forward(q, k, v, q_sinks, cu_seqlens, window, sinks, scale)
 
 
+@torch.library.custom_op("allmem_ops::swa_triton", mutates_args=())
+def swa_triton(
+    q: Tensor, k: Tensor, v: Tensor, q_sinks: Tensor | None, cu_seqlens: Tensor | None, window: int, sinks: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    from allmem_ops.ops.swa.launch import swa_triton_forward
+
+    return swa_triton_forward(q, k, v, q_sinks, cu_seqlens, window, sinks, scale)
+
+
 @swa_chunk.register_fake
+@swa_triton.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
 
@@ -45,7 +56,28 @@ def swa_chunk_bwd(
     return swa_chunk_backward(do, dlse, q, k, v, q_sinks, cu_seqlens, o, lse, window, sinks, scale)
 
 
+@torch.library.custom_op("allmem_ops::swa_triton_bwd", mutates_args=())
+def swa_triton_bwd(
+    do: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from allmem_ops.ops.swa.launch_bwd import swa_triton_backward
+
+    return swa_triton_backward(do, dlse, q, k, v, q_sinks, cu_seqlens, o, lse, window, sinks, scale)
+
+
 @swa_chunk_bwd.register_fake
+@swa_triton_bwd.register_fake
 def _(
     _do: Tensor, _dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, q_sinks: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,13 +90,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(q, k, v, q_sinks, cu_seqlens, *output)
 
 
-def _backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, q_sinks, cu_seqlens, o, lse = ctx.saved_tensors
-    dq, dk, dv, dq_sinks = swa_chunk_bwd(do, dlse, q, k, v, q_sinks, cu_seqlens, o, lse, *ctx.options)
-    return dq, dk, dv, None if q_sinks is None else dq_sinks, None, None, None, None
+def _gradients_by(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, q_sinks, cu_seqlens, o, lse = ctx.saved_tensors
+        dq, dk, dv, dq_sinks = operator(do, dlse, q, k, v, q_sinks, cu_seqlens, o, lse, *ctx.options)
+        return dq, dk, dv, None if q_sinks is None else dq_sinks, None, None, None, None
+
+    return backward
 
 
-swa_chunk.register_autograd(_backward, setup_context=_setup_context)
+swa_chunk.register_autograd(_gradients_by(swa_chunk_bwd), setup_context=_setup_context)
+swa_triton.register_autograd(_gradients_by(swa_triton_bwd), setup_context=_setup_context)
 
 
 @torch.library.custom_op("allmem_ops::swa_step_chunk", mutates_args=())
@@ -86,7 +122,8 @@ def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-STEP_MAX_HEAD_DIM = 256
+# What the kernels cover.
+MAX_HEAD_DIM = 256
 
 
 @torch.library.custom_op("allmem_ops::swa_step_triton", mutates_args=("sink_k", "sink_v", "ring_k", "ring_v", "positions"))
@@ -125,7 +162,7 @@ def _pair_products(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int,
     return pairs * HQ * D
 
 
-@register_flop_formula(torch.ops.allmem_ops.swa_chunk, get_raw=True)
+@register_flop_formula([torch.ops.allmem_ops.swa_chunk, torch.ops.allmem_ops.swa_triton], get_raw=True)
 def _flops(
     q: Tensor, k: Tensor, _v: Tensor, _q_sinks: Tensor | None, cu_seqlens: Tensor | None, window: int, sinks: int, *_: Any, **__: Any
 ) -> int:
@@ -133,7 +170,7 @@ def _flops(
     return 4 * _pair_products(q, k, cu_seqlens, window, sinks)
 
 
-@register_flop_formula(torch.ops.allmem_ops.swa_chunk_bwd, get_raw=True)
+@register_flop_formula([torch.ops.allmem_ops.swa_chunk_bwd, torch.ops.allmem_ops.swa_triton_bwd], get_raw=True)
 def _flops_bwd(
     _do: Tensor,
     _dlse: Tensor,

@@ -43,7 +43,8 @@ BAD = [
     ({"scale": "1"}, r"`scale` must be a number; got str '1'"),
     ({"return_lse": 1}, r"`return_lse` must be a bool; got int 1"),
     ({"impl": "cuda"}, r"`impl` must be one of 'reference', 'chunk', 'triton', 'auto'; got 'cuda'"),
-    ({"impl": "triton"}, r"`impl`='triton': no Triton kernel exists yet for `swa`"),
+    ({"impl": "triton", **{n: GOOD[n].double() for n in "qkv"}}, r"`impl` 'triton' needs one of .*; got float64"),
+    ({"impl": "triton", **{n: z(1, 2, 2, 257) for n in "qkv"}}, r"`q` must have a head dim D of at most 256 with `impl`='triton'; got 257"),
     ({"cu_seqlens": torch.tensor([0, 64])}, r"`q` must have batch size 1 with `cu_seqlens`; got 2. Flatten the batch into T first"),
 ]
 

@@ -39,7 +39,7 @@ def _find_sequence(cu_seqlens, sequences, i_m, T, BT: tl.constexpr):
 
 @triton.jit
 def _load_tile(x, i_b, i_h, row, first, end, stride_t, stride_d, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
-    """[BN, BD]: rows `first` to `first + BN` of a sequence that starts at `row`; zeros past its `end` (TMA: past the tensor's) and past D."""
+    """[BN, BD]: rows `first` to `first + BN` of the sequence at `row`; zeros past its `end` (TMA: past the tensor's) and past D."""
     if TMA:
         b_x = x.load([i_b, i_h, row + first, 0]).reshape([BN, BD])
     else:
@@ -215,6 +215,7 @@ def swa_fwd_kernel(
         sink_full, sink_end, left, full, diag, end, scale_log2, D, BD, BN, TMA, PRECISION,
     )  # fmt: skip
 
+    b_l = tl.where(m_t, b_l, 1.0)  # rows past the last query have no keys
     b_o = b_o / b_l[:, None]
     o_out = (i_b64 * T + o_row) * HQ + o_h
     tl.store(o + o_out[:, None] * D + o_d[None, :], tl.cast(b_o, o.dtype.element_ty), mask=m_q)
