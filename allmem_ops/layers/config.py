@@ -35,7 +35,7 @@ class AllMemConfig:
         gate: "head" (one gate a head), "channel" (one a channel) or "none". [D]
         conv_size: taps of the depth-wise causal convolution, 2 to 4; 1: none. [P: 4]
         conv_init: how its taps start: "uniform" in +-1/sqrt(conv_size), or "zero_sum": the same less each channel's mean, so
-            that what all tokens have in common drops out of q, k and v (one tap stays uniform). [D: by measurement]
+            that what all tokens have in common drops out of q, k and v (one tap stays uniform). [D: by measurement, docs/results.md]
         qk_norm: what normalises q and k per head: "rms+l2" (RMSNorm, then L2), "rms", "l2" or "none". [D: order]
         qk_activation: what follows the convolution on q and k: "silu" [P] or "none"; v always has SiLU.
         qk_init: "independent": q and k start from draws of their own; "tied": from one draw of projection and convolution,
@@ -73,10 +73,10 @@ class AllMemConfig:
     gate_init: float = 0.5
     gate: Literal["head", "channel", "none"] = "head"
     conv_size: int = 4
-    conv_init: Literal["uniform", "zero_sum"] = "uniform"
+    conv_init: Literal["uniform", "zero_sum"] = "zero_sum"
     qk_norm: Literal["rms+l2", "rms", "l2", "none"] = "rms+l2"
     qk_activation: Literal["silu", "none"] = "silu"
-    qk_init: Literal["independent", "tied"] = "independent"
+    qk_init: Literal["independent", "tied"] = "tied"
     readout_norm: bool = True
     norm_eps: float = 1e-6
     l2_eps: float = 1e-6

@@ -107,5 +107,5 @@ def test_the_specs_defaults():
     assert (config.head_dim, config.hidden, config.conv_size) == (64, 128, 4)
     assert (config.norm, config.residual, config.grad_clip, config.weight_norm_eps) == ("pre_write", True, None, 1e-5)
     assert (config.sink_positions, config.qk_norm, config.gate, config.readout_norm) == ("clamped", "rms+l2", "head", True)
-    assert (config.conv_init, config.qk_activation, config.qk_init) == ("uniform", "silu", "independent")
+    assert (config.conv_init, config.qk_activation, config.qk_init) == ("zero_sum", "silu", "tied")
     assert (config.norm_eps, config.l2_eps, config.w_init_scale, config.alpha_lr_scale) == (1e-6, 1e-6, 1.0, 10.0)

@@ -93,7 +93,7 @@ def test_tied_q_and_k_start_equal_and_part_in_training():
     grads = branch.in_proj.weight.grad[: 2 * width].split(width)
     assert (grads[0] - grads[1]).abs().max() > 1e-6
     q, k, _ = branch.in_proj.weight[: 3 * width].split(width)
-    assert not torch.equal(*make(alive=False).in_proj.weight[: 2 * width].split(width)) and torch.equal(q, k)
+    assert not torch.equal(*make(alive=False, qk_init="independent").in_proj.weight[: 2 * width].split(width)) and torch.equal(q, k)
 
 
 def test_zero_sum_taps_drop_what_all_tokens_share():
@@ -148,9 +148,9 @@ OPTIONS = [
     {"grad_clip": 0.1},
     {"hidden_dim": 24},
     {"gate": "none", "readout_norm": False},
-    {"conv_init": "zero_sum"},
+    {"conv_init": "uniform"},
     {"qk_activation": "none"},
-    {"qk_init": "tied"},
+    {"qk_init": "independent"},
 ]
 
 
