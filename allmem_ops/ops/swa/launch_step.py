@@ -21,8 +21,7 @@ MAX_SPLITS = 128
 
 def split_count(pairs: int, slots: int, block: int, sms: int) -> int:
     """Into how many ranges each (sequence, key/value head) is split: a rule of sizes that the host knows, never of positions."""
-    blocks = -(-slots // block)
-    return max(1, min(blocks, MAX_SPLITS, -(-2 * sms // pairs)))
+    return max(1, min(-(-slots // block), MAX_SPLITS, sms // pairs))
 
 
 def swa_step(
@@ -45,7 +44,8 @@ def swa_step(
         if not x.is_contiguous():
             fail(f"cache.{name}", "must be contiguous", f"strides {list(x.stride())}")
     G, BD = HQ // HK, max(16, 1 << (D - 1).bit_length())
-    config = candidates(_SPLIT, gpu_class(q.device), (BD, q.element_size()))[0]
+    gpu = gpu_class(q.device)
+    config = candidates(_SPLIT, gpu, (BD, q.element_size()))[0]
     splits = split_count(B * HK, window + sinks, config.constants["BN"], sm_count(q.device))
     part_o = torch.empty(B, HQ, splits, D, dtype=torch.float32, device=q.device)
     part_ml = torch.empty(B, HQ, splits, 2, dtype=torch.float32, device=q.device)
@@ -53,14 +53,16 @@ def swa_step(
     stride_q, stride_k, stride_v = (x.stride()[:1] + x.stride()[2:] for x in (q, k, v))
     stride_f = (0, 0, 0) if q_sinks is None else q_sinks.stride()[:1] + q_sinks.stride()[2:]
     stride_a = 0 if active is None else active.stride(0)
+    pdl = gpu != "sm80"
+    launch = {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
     buffers = sink_k, sink_v, ring_k, ring_v, positions, active, part_o, part_ml, seen
     sizes = stride_a, window, sinks, splits, scale * math.log2(math.e)
     swa_step_split_kernel[HK, splits, B](
         q, q_sinks, *buffers, *stride_q, *stride_f, *sizes,
-        G=G, D=D, BG=max(16, 1 << (G - 1).bit_length()), BD=BD, PDL=False, **config.options(),
+        G=G, D=D, BG=max(16, 1 << (G - 1).bit_length()), BD=BD, **launch, **config.options(),
     )  # fmt: skip
     BC = min(BD, 64)
     swa_step_merge_kernel[-(-D // BC), HQ, B](
-        q, k, v, *buffers, o, *stride_q, *stride_k, *stride_v, *sizes, G=G, D=D, BD=BD, BS=32, BC=BC, PDL=False, num_warps=4
+        q, k, v, *buffers, o, *stride_q, *stride_k, *stride_v, *sizes, G=G, D=D, BD=BD, BS=32, BC=BC, num_warps=4, **launch
     )
     return o

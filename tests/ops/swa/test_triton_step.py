@@ -300,7 +300,8 @@ def test_auto_takes_the_kernels_and_launches_two(pinned):
         swa_step(**x, cache=cache)
         torch.cuda.synchronize()
     names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(names) == 2 and all(n.startswith("swa_step_") for n in names), names
+    names = [n for n in names if "FillFunctor" not in n]  # the tests poison what is allocated
+    assert names == ["swa_step_split_kernel", "swa_step_merge_kernel"]
 
 
 @gpu

@@ -5,6 +5,9 @@ query heads (the rows of one product) and leaves an unnormalised sum. The second
 together with the new token, which it takes from the input, and writes: output, the token's slot, the position. So no
 program reads what another one writes in the same launch, and the cache update costs no pass of its own.
 
+On Hopper and later the launches are programmatic (PDL): each kernel's programs may start while the kernel before it drains and
+wait for its writes (`gdc_wait`) before they touch what it writes.
+
 Slots are numbered through both buffers: slot s < sinks is sink s, slot s >= sinks is ring slot s - sinks. A sequence at
 position p (the index of the new token) has its first min(p, sinks + window) slots filled. The new token goes to slot p if
 p < sinks, else to slot sinks + (p - sinks) % window: the first free one, or the one of the token that leaves the window.
@@ -54,6 +57,9 @@ def swa_step_split_kernel(
     PDL: tl.constexpr,
 ):
     """Grid (HK, splits, B): heads vary fastest, so that programs that run together read neighbouring memory."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     i_h, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     HK = tl.num_programs(0)
     position = tl.load(positions + i_b)
@@ -81,10 +87,10 @@ def swa_step_split_kernel(
     b_m = tl.full([BG], _LOWEST, tl.float32)
     b_l = tl.zeros([BG], tl.float32)
     b_o = tl.zeros([BG, BD], tl.float32)
-    # The filled blocks are shared out evenly: a cache that is hardly filled keeps all programs busy too.
-    blocks = tl.cdiv(filled, BN)
-    start = i_s * blocks // splits * BN
-    end = tl.minimum((i_s + 1) * blocks // splits * BN, filled)
+    # The filled slots are shared out evenly, by 16: a cache that is hardly filled keeps all programs busy too.
+    units = tl.cdiv(filled, 16)
+    start = i_s * units // splits * 16
+    end = tl.minimum((i_s + 1) * units // splits * 16, filled)
     for s0 in range(start, end, BN):
         o_s = s0 + o_n
         # The slot of the new token holds nothing yet, or the token that leaves the window.
@@ -110,8 +116,6 @@ def swa_step_split_kernel(
         b_o = tl.dot(tl.cast(b_p, b_v.dtype), b_v, b_o * b_less[:, None], input_precision="ieee")
         b_m = b_top
 
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     o_row = (i_b * HK * G + o_h) * splits + i_s
     tl.store(part_o + o_row[:, None] * D + o_d[None, :], b_o, mask=m_q)
     tl.store(part_ml + o_row * 2, b_m, mask=m_g)
@@ -174,6 +178,8 @@ def swa_step_merge_kernel(
     b_o = tl.cast(b_vc, tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    position = tl.load(seen + i_b)
     row = (i_b * HQ + i_h) * splits
     for s0 in range(0, splits, BS):
         m_s = s0 + o_s < splits
@@ -188,7 +194,6 @@ def swa_step_merge_kernel(
         b_m = b_top
     tl.store(o + (i_b * HQ + i_h) * D + o_c, tl.where(on, b_o / b_l, 0.0), mask=m_c)
 
-    position = tl.load(seen + i_b)
     sink = position < sinks
     row = tl.where(sink, i_b * sinks + position, i_b * window + (position - sinks) % window)
     o_w = (row * HK + i_hk) * D + o_c
