@@ -1,0 +1,191 @@
+"""Launches of the Triton backward of `ttt_mlp`, from what the forward has saved (launch.py).
+
+    pack    W operands from X: what queries read, what chunks write from         parallel
+    dread   the reads' part of dW, a slot at a time                              parallel
+    dq      dQ                                                                   parallel
+    chain   dX, dM, dN from the last slot to the first, each chunk's dD          serial over chunks
+    tokens  dK, dV, deta, dmu from dD                                            parallel
+    ends    dW_0 with its part in N, summed over the sequences                   parallel
+
+Bytes while it runs, beside inputs, saved tensors and gradients, S slots, H heads, X = N H, b bytes an operand (2 for bfloat16, else
+4), P = ceil(h / BH) SP programs for a (sequence, head) in the chain: S H (12 d h + 6 d h b + 4 P) + 4 X P (3 d BH + 2 (BH + d)) +
+4 X (6 d h + 2 h + d). The reads' operands go before the chain begins.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from allmem_ops._config import settings
+from allmem_ops._validation import short
+from allmem_ops.ops.kernels.configs import Config, candidates
+from allmem_ops.ops.kernels.device import gpu_class, sm_count
+from allmem_ops.ops.ttt_mlp import configs_bwd
+from allmem_ops.ops.ttt_mlp.kernels import bwd_chain, bwd_ends, bwd_read, bwd_tokens
+from allmem_ops.ops.ttt_mlp.launch import NORM, Outputs, Spans, State, power_of_two
+from allmem_ops.ops.ttt_mlp.reference import Options
+
+
+class Gradients(NamedTuple):
+    """Gradients of the operator's tensors; those of a state that was not given are None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    eta: Tensor
+    mu: Tensor
+    w_gate: Tensor
+    w_up: Tensor
+    w_down: Tensor
+    state: tuple[Tensor, ...] | None  # of the state's w_gate, w_up, w_down, m_gate, m_up, m_down
+
+
+def splits(programs: int, device: torch.device) -> int:
+    """In how many parts a chunk's tokens are split, so that `programs` slices fill the GPU twice: a power of two, at most 8."""
+    parts = 1
+    while 2 * parts * programs <= 2 * sm_count(device) and parts < 8:
+        parts *= 2
+    return parts
+
+
+def _carried(three: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """[N, H, 3, d, h] of gradients of gate, up [N, H, h, d] and down [N, H, d, h], each perhaps None; zeros for three of them."""
+    out = torch.zeros_like(like)
+    for i, x in enumerate(three):
+        if x is not None:
+            out[:, :, i].copy_(x if i == 2 else x.mT)
+    return out
+
+
+def ttt_mlp_triton_backward(
+    do: Tensor,
+    d_end: Sequence[Tensor | None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    weights: Sequence[Tensor],
+    state: State | None,
+    cu_seqlens: Tensor | None,
+    saved: Outputs,
+    options: Options,
+    keep: bool,
+) -> Gradients:
+    """The backward of `ttt_mlp_triton_forward`.
+
+    Args:
+        do: gradient of o.
+        d_end: gradients of the final state's w_gate, w_up, w_down, m_gate, m_up, m_down, each perhaps None.
+        saved: what the forward returned; of it `n` and what follows is read.
+        others: as the forward took them.
+    """
+    chunk_size, norm, residual, grad_clip, eps = options
+    batch, tokens, heads, d = q.shape
+    h = weights[0].shape[1]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    spans = Spans(batch, tokens, sequences, chunk_size, cu_seqlens is not None, state is not None, keep)
+    rows, S = sequences * heads, spans.slots
+    weights = [w.contiguous() for w in weights]
+    new = weights[0].new_empty
+    contiguous = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, eta, mu, *weights)]
+    of_state = None if state is None else tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in state[:6])
+    out = Gradients(*contiguous, of_state)
+    if rows == 0:
+        for x in out[5:8]:
+            x.zero_()
+        return out
+    count, m_state = None, (None, None, None)
+    if state is not None:
+        state = State(*(x.contiguous() for x in state))
+        count, m_state = state.count, state[3:6]
+    wide = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    precision = "tf32" if q.dtype == torch.float16 else "ieee"
+    fast = q.dtype != torch.float32 and not settings().interpret
+    BD = max(power_of_two(d), 16)
+    shape_class = BD, max(power_of_two(h), 16), short(q.dtype)
+    gpu = gpu_class(q.device)
+
+    def config(table: dict) -> Config:
+        return candidates(table, gpu, shape_class)[0]
+
+    shape = {"D": d, "HID": h, "BD": BD}
+    kind = {"STATE": spans.carried, "PACKED": spans.packed}
+    dots = {"PREC": precision, "FAST": fast}
+    steps = S if spans.packed else spans.steps
+    span = cu_seqlens, count
+    sizes = tokens, chunk_size, heads, steps
+    x, size, n, slots = saved.x, saved.size, saved.n, saved.slots
+
+    # the reads
+    pre_write = norm == "pre_write"
+    point_gate_up = new(S, heads, d, 2 * h, dtype=wide)
+    read_gate_up = new(S, heads, d, 2 * h, dtype=wide) if pre_write else point_gate_up
+    read_down = new(S, heads, d, h, dtype=wide)
+    BH = min(32, shape_class[1])
+    bwd_read.ttt_mlp_bwd_pack_kernel[(S * heads, -(-h // BH))](
+        x, size, n, slots, read_gate_up, read_down, point_gate_up, heads, steps, eps,
+        **shape, BH=BH, NORM=NORM[norm], PACKED=spans.packed, num_warps=4,
+    )  # fmt: skip
+    found = config(configs_bwd.DREAD)
+    dread = new(S, heads, 3, d, h)
+    bwd_read.ttt_mlp_bwd_dread_kernel[(S * heads, -(-h // found.constants["BH"]))](
+        q, do, dread, *span, slots, read_gate_up, read_down, *sizes, *q.stride(), *do.stride(), **shape, **kind, **dots, **found.options()
+    )
+    found = config(configs_bwd.DQ)
+    tiles = max(-(-min(chunk_size, tokens) // found.constants["BT"]), 1)
+    grad_strides = out.q.stride()[:3]
+    bwd_read.ttt_mlp_bwd_dq_kernel[(S * heads * tiles,)](
+        q, do, out.q, *span, slots, read_gate_up, read_down, *sizes, tiles, *q.stride(), *do.stride(), *grad_strides,
+        **shape, **kind, RESIDUAL=residual, **dots, **found.options(),
+    )  # fmt: skip
+    del read_gate_up, read_down
+
+    # the reverse chain
+    found = config(configs_bwd.CHAIN)
+    BH = found.constants["BH"]
+    slices = -(-h // BH)
+    SP = splits(rows * slices, q.device)
+    parts = slices * SP
+    dx, dm = (_carried(three, new(sequences, heads, 3, d, h)) for three in (d_end[:3], d_end[3:]))
+    dn = torch.zeros(sequences, heads, 2 * h + d, dtype=dx.dtype, device=dx.device)
+    d_gate_up, down = (new(S, heads, d, 2 * h, dtype=wide) for _ in range(2))
+    mu_parts, clip_parts = new(S, heads, parts), new(rows, parts, 3)
+    slabs = new(rows, parts, d, 2 * BH), new(rows, parts, d, BH), new(rows, parts, 2, BH), new(rows, parts, 2, d)
+    momentum = saved.m, size, n, *m_state
+    grid = rows, slices, SP
+    chain = shape | kind | {"BH": BH, "SP": SP, "NORM": NORM[norm], "KEEP": keep}
+    save_m = saved.m.numel() > 0
+    first = saved.first
+    for i_step in range(spans.steps):
+        bwd_chain.ttt_mlp_bwd_slab_kernel[grid](
+            k, v, eta, *span, first, dx, dread, x, point_gate_up, d_gate_up, down, *slabs, tokens, chunk_size, i_step, heads, steps,
+            *k.stride(), *v.stride(), *eta.stride(), **chain, **dots, BT=found.constants["BT"],
+            num_warps=found.num_warps, num_stages=found.num_stages,
+        )  # fmt: skip
+        bwd_chain.ttt_mlp_bwd_carry_kernel[grid](
+            *span, first, dx, dm, dn, dread, x, *momentum, saved.mu_mean, down, d_gate_up, mu_parts, clip_parts, *slabs,
+            tokens, chunk_size, i_step, heads, steps, eps, **chain, CLIP=grad_clip is not None, SAVE_M=save_m, num_warps=4,
+        )  # fmt: skip
+        if grad_clip is not None:
+            bwd_chain.ttt_mlp_bwd_clip_kernel[grid](
+                *span, first, dm, x, *momentum, saved.mu_mean, saved.g_size, down, d_gate_up, clip_parts,
+                tokens, chunk_size, i_step, heads, steps, eps, grad_clip, **chain, SAVE_M=save_m, num_warps=4,
+            )  # fmt: skip
+
+    # what follows from it
+    found = config(configs_bwd.TOKENS)
+    tiles = max(-(-min(chunk_size, tokens) // found.constants["BT"]), 1)
+    bwd_tokens.ttt_mlp_bwd_tokens_kernel[(S * heads * tiles,)](
+        k, v, eta, out.k, out.v, out.eta, out.mu, *span, slots, point_gate_up, d_gate_up, down, mu_parts, *sizes, tiles,
+        *k.stride(), *v.stride(), *eta.stride(), *grad_strides, **shape, PARTS=parts, BP=max(power_of_two(parts), 2), **kind, KEEP=keep,
+        **dots, **found.options(),
+    )  # fmt: skip
+    BR = min(BD, 32)
+    bwd_ends.ttt_mlp_bwd_ends_kernel[(heads, -(-d // BR), -(-h // 16))](
+        *weights, n, dx, dm, dn, *out[5:8], *(of_state or (None,) * 6), sequences, heads,
+        D=d, HID=h, BD=BR, BH=16, STATE=spans.carried, num_warps=4,
+    )  # fmt: skip
+    return out
