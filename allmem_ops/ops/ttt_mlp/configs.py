@@ -29,3 +29,8 @@ for _hid in (16, 32, 64, 128, 256, 512):
             READ["sm80", (_bd, _hid, _dtype)] = _read(64, min(64, _hid), 4, 2)
         CHAIN["sm80", (_bd, _hid, "float32")] = _chain(min(16, _hid), 32, 4, 1)
         READ["sm80", (_bd, _hid, "float32")] = _read(32, min(32, _hid), 4, 1)
+
+    for _bd in (32, 64, 128):
+        # d = 64, h = 128 on an H100: one program an SM, as the persistent chain needs
+        CHAIN["sm90", (_bd, _hid, "bfloat16")] = _chain(min(32, _hid), 128, 8, 2)
+        CHAIN["sm90", (_bd, _hid, "float16")] = _chain(min(32, _hid), 64, 8, 2)

@@ -1,6 +1,7 @@
 """Launches of the Triton forward of `ttt_mlp`."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,18 +11,34 @@ from allmem_ops._validation import short
 from allmem_ops.ops.kernels.configs import candidates
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
 from allmem_ops.ops.ttt_mlp.configs import CHAIN, READ
-from allmem_ops.ops.ttt_mlp.kernels import chain, read
+from allmem_ops.ops.ttt_mlp.kernels import chain, persistent
+from allmem_ops.ops.ttt_mlp.kernels import read as read_kernels
 from allmem_ops.ops.ttt_mlp.kernels.common import NONE, POST_WRITE, PRE_WRITE
 from allmem_ops.ops.ttt_mlp.kernels.plan import ttt_mlp_plan_kernel
 from allmem_ops.ops.ttt_mlp.reference import Options
 from allmem_ops.ops.ttt_mlp.slots import Outputs, Spans, State, outputs
 from allmem_ops.ops.ttt_mlp.slots import spans as spans_of
 
+# Programs of the read on an SM, counting those that wait.
+WAVES = 2
 NORM = {"none": NONE.value, "pre_write": PRE_WRITE.value, "post_write": POST_WRITE.value}
 
 
 def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 1).bit_length()
+
+
+class Shape(NamedTuple):
+    """What configs are keyed by, beside the GPU class."""
+
+    BD: int
+    HID: int
+    dtype: str
+
+
+def fast(x: Tensor) -> bool:
+    """Whether activations may come from the special function unit: bfloat16 hides its error; the interpreter knows no PTX."""
+    return x.dtype == torch.bfloat16 and not settings().interpret
 
 
 def splits(programs: int, HS: int, device: torch.device) -> int:
@@ -55,84 +72,129 @@ def ttt_mlp_triton_forward(
     save: bool,
 ) -> Outputs:
     """The forward: see `Outputs`. weights: w_gate, w_up, w_down as `ttt_mlp` takes them."""
-    chunk_size, norm, residual, grad_clip, eps = options
-    _, tokens, heads, d = q.shape
+    _, _, heads, d = q.shape
     h = weights[0].shape[1]
-    spans = spans_of(q, cu_seqlens, chunk_size, state is not None, keep)
-    sequences = spans.sequences
-    out = outputs(q, weights[0], spans, grad_clip is not None, save)
-    rows = sequences * heads
-    if rows == 0:
+    spans = spans_of(q, cu_seqlens, options.chunk_size, state is not None, keep)
+    out = outputs(q, weights[0], spans, options.grad_clip is not None, save)
+    if spans.sequences * heads == 0:
         return out
     weights = [w.contiguous() for w in weights]
-    count = None
     if state is not None:
         state = State(*(x.contiguous() for x in state))
-        count = state.count
-    empty = weights[0].new_empty
-    S = spans.slots
-    first, slots = out.first, out.slots
-    x, size, m_slots, mu_mean, g_size = out.x, out.size, out.m, out.mu_mean, out.g_size
+    S, empty = spans.slots, weights[0].new_empty
+    kept = out
     if not save:
         x, size, mu_mean, g_size = empty(S, heads, 3, d, h), empty(S, heads, 2 * h + d), empty(S, heads), empty(S, heads, 3)
+        kept = kept._replace(x=x, size=size, mu_mean=mu_mean, g_size=g_size)
         if spans.packed:
-            first, slots = empty(sequences, dtype=torch.int32), empty(S, 2, dtype=torch.int32)
+            kept = kept._replace(first=empty(spans.sequences, dtype=torch.int32), slots=empty(S, 2, dtype=torch.int32))
     if spans.packed:
-        plan(cu_seqlens, count, spans, first, slots)
+        plan(cu_seqlens, None if state is None else state.count, spans, kept.first, kept.slots)
     x_read = empty(S, heads, 3, d, h, dtype=q.dtype)
-    shape_class = max(power_of_two(d), 16), max(power_of_two(h), 16), short(q.dtype)
-    gpu = gpu_class(q.device)
-    config = candidates(CHAIN, gpu, shape_class)[0]
+    shape = Shape(max(power_of_two(d), 16), max(power_of_two(h), 16), short(q.dtype))
+    write(k, v, eta, mu, weights, state, cu_seqlens, options, keep, spans, kept, x_read, shape)
+    if spans.tokens:
+        read(q, out.o, state, cu_seqlens, options, spans, kept, x_read, shape)
+    return out
+
+
+def write(
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    weights: Sequence[Tensor],
+    state: State | None,
+    cu_seqlens: Tensor | None,
+    options: Options,
+    keep: bool,
+    spans: Spans,
+    out: Outputs,
+    x_read: Tensor,
+    shape: Shape,
+) -> None:
+    """The chain: fills every slot and, with `keep`, the final state."""
+    _, tokens, heads, d = k.shape
+    h = weights[0].shape[1]
+    chunk_size, norm, _, grad_clip, eps = options
+    X, S, device = spans.sequences * heads, spans.slots, k.device
+    config = candidates(CHAIN, gpu_class(device), shape)[0]
     HS = config.constants["HS"]
     slices = -(-h // HS)
-    SP = splits(rows * slices, HS, q.device)
+    SP = splits(X * slices, HS, device)
     parts = slices * SP
-    steps = S if spans.packed else spans.steps
-    m = empty(rows, 3, d, h)
-    sums = empty(2, rows, parts, d)
-    n_sums = empty(rows, parts, d)
-    slabs = empty(rows, SP, 3, d, h)
-    mu_sums = empty(rows, SP)
-    squares = empty(rows, parts, 3)
+    empty = weights[0].new_empty
+    m, slabs, mu_sums = empty(X, 3, d, h), empty(X, SP, 3, d, h), empty(X, SP)
+    sums, n_sums, squares = empty(2, X, parts, d), empty(X, parts, d), empty(2, X, parts, 3)
     three = (None, None, None)
-    state_w, state_m, state_g, mu_held = (three, three, three, None) if state is None else (state[:3], state[3:6], state[6:9], state.mu_sum)
-    shape = {"D": d, "HID": h, "BD": shape_class[0], "HS": HS, "SP": SP, "NORM": NORM[norm]}
-    shape |= {"STATE": spans.carried, "PACKED": spans.packed}
-    span = cu_seqlens, count, first
-    fast = q.dtype == torch.bfloat16 and not settings().interpret
-    by_part, by_split = (rows, parts), (rows, slices, SP)
+    state_w, state_m, state_g, mu_held, count = (three, three, three, None, None)
+    if state is not None:
+        state_w, state_m, state_g, mu_held, count = state[:3], state[3:6], state[6:9], state.mu_sum, state.count
+    ends = out[1:11] if keep else [None] * 10
+    steps = S if spans.packed else spans.steps
+    strides = *k.stride(), *v.stride(), *eta.stride(), *mu.stride()
+    what = {"D": d, "HID": h, "BD": shape.BD, "HS": HS, "SP": SP}
+    case = {"STATE": spans.carried, "PACKED": spans.packed, "KEEP": keep}
+    saving = {"SAVE_M": out.m.numel() > 0}
+    math = {"BT": config.constants["BT"], "PREC": "ieee", "FAST": fast(k)}
+    sizes = tokens, chunk_size, heads, steps
+    span = cu_seqlens, count, out.first
+    if not settings().interpret and parts <= sm_count(device):
+        groups = min(X, sm_count(device) // parts)
+        persistent.ttt_mlp_fwd_chain_kernel[(groups * parts,)](
+            k, v, eta, mu, *span, *weights, *state_w, *state_m, *state_g, mu_held,
+            out.x, x_read, m, out.m, out.size, out.n, out.mu_mean, out.g_size, *ends,
+            torch.zeros(groups, 32, dtype=torch.int32, device=device), sums, n_sums, slabs, mu_sums, squares,
+            X, *sizes, eps, grad_clip, *strides, **what, **case, **math, **saving, NORM=NORM[norm], CLIP=grad_clip is not None,
+            num_warps=config.num_warps, num_stages=config.num_stages, launch_cooperative_grid=True,
+        )  # fmt: skip
+        return
+    by_part = (X, parts)
+    normed = {**what, "NORM": NORM[norm]}
     chain.ttt_mlp_fwd_init_kernel[by_part](
-        *weights, *state_w, *state_m, first, x, x_read, m, m_slots, size, out.n, sums, n_sums, heads, steps, eps,
-        **shape, SAVE_M=m_slots.numel() > 0, num_warps=4,
+        *weights, *state_w, *state_m, out.first, out.x, x_read, m, out.m, out.size, out.n, sums, n_sums, heads, steps, eps,
+        **normed, **saving, STATE=spans.carried, PACKED=spans.packed,
     )  # fmt: skip
-    shape["KEEP"] = keep
     for i_c in range(spans.steps if keep else spans.steps - 1):
-        chain.ttt_mlp_fwd_write_kernel[by_split](
-            k, v, eta, mu, *span, *weights, x, size, sums[i_c % 2], n_sums, slabs, mu_sums, i_c, tokens, chunk_size, heads, steps, eps,
-            *k.stride(), *v.stride(), *eta.stride(), *mu.stride(), **shape, BT=config.constants["BT"], PREC="ieee", FAST=fast,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+        chain.ttt_mlp_fwd_write_kernel[X, slices, SP](
+            k, v, eta, mu, *span, *weights, out.x, out.size, sums[i_c % 2], n_sums, slabs, mu_sums, i_c, *sizes, eps, *strides,
+            **normed, **case, **math, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if grad_clip is not None:
-            without_norm = {name: value for name, value in shape.items() if name != "NORM"}
-            chain.ttt_mlp_fwd_clip_kernel[by_part](
-                *span, *state_g, slabs, squares, i_c, tokens, chunk_size, heads, steps, **without_norm, num_warps=4
-            )
+            chain.ttt_mlp_fwd_clip_kernel[by_part](*span, *state_g, slabs, squares, i_c, *sizes, **what, **case)
         chain.ttt_mlp_fwd_commit_kernel[by_part](
-            *span, *weights, *state_g, mu_held, x, x_read, m, m_slots, size, sums[i_c % 2], sums[1 - i_c % 2], n_sums, slabs, mu_sums,
-            squares, mu_mean, g_size, out.g_gate, out.g_up, out.g_down, out.mu_sum, i_c, tokens, chunk_size, heads, steps, eps, grad_clip,
-            **shape, CLIP=grad_clip is not None, SAVE_M=m_slots.numel() > 0, num_warps=4,
+            *span, *weights, *state_g, mu_held, out.x, x_read, m, out.m, out.size, sums[i_c % 2], sums[1 - i_c % 2], n_sums, slabs,
+            mu_sums, squares, out.mu_mean, out.g_size, *ends[6:], i_c, *sizes, eps, grad_clip,
+            **normed, **case, **saving, CLIP=grad_clip is not None,
         )  # fmt: skip
     chain.ttt_mlp_fwd_finish_kernel[by_part](
-        *span, *weights, x, m, size, out.n, sums, n_sums, *out[1:7], tokens, chunk_size, heads, steps, eps, **shape, num_warps=4
+        *span, *weights, out.x, m, out.size, out.n, sums, n_sums, *ends[:6], *sizes, eps, **normed, **case
     )
-    config = candidates(READ, gpu, shape_class)[0]
-    tiles = -(-min(chunk_size, tokens) // config.constants["BT"])
-    # as many programs a chunk as its tiles, fewer where that already fills the GPU
-    programs = max(min(tiles, 4 * sm_count(q.device) // (S * heads)), 1)
-    if tokens:
-        read.ttt_mlp_fwd_read_kernel[(S * heads * programs,)](
-            q, out.o, cu_seqlens, count, slots, x_read, size, out.n, tokens, chunk_size, heads, steps, programs, eps,
-            *q.stride(), *out.o.stride(), D=d, HID=h, BD=shape_class[0], NORM=NORM[norm], STATE=spans.carried, PACKED=spans.packed,
-            RESIDUAL=residual, PREC="ieee", FAST=fast, **config.options(),
-        )  # fmt: skip
-    return out
+
+
+def read(
+    q: Tensor,
+    o: Tensor,
+    state: State | None,
+    cu_seqlens: Tensor | None,
+    options: Options,
+    spans: Spans,
+    out: Outputs,
+    x_read: Tensor,
+    shape: Shape,
+) -> None:
+    """All reads, once every slot is filled."""
+    _, tokens, heads, d = q.shape
+    h = x_read.shape[-1]
+    config = candidates(READ, gpu_class(q.device), shape)[0]
+    BT, BH = config.constants["BT"], config.constants["BH"]
+    # Programs for a slot and head: as many as a chunk of the average length has tiles, fewer where that fills the GPU several times.
+    rows = spans.slots * heads
+    tiles = -(-spans.batch * tokens // (spans.slots * BT))
+    programs = max(min(tiles, WAVES * sm_count(q.device) // rows), 1)
+    read_kernels.ttt_mlp_fwd_read_kernel[(rows * programs,)](
+        q, o, cu_seqlens, None if state is None else state.count, out.slots, x_read, out.size, out.n,
+        tokens, options.chunk_size, heads, spans.slots if spans.packed else spans.steps, programs, options.eps, *q.stride(), *o.stride(),
+        D=d, HID=h, BD=shape.BD, NORM=NORM[options.norm], STATE=spans.carried, PACKED=spans.packed, RESIDUAL=options.residual,
+        RESIDENT=h <= 2 * BH and q.dtype != torch.float32, PREC="ieee", FAST=fast(q), **config.options(),
+    )  # fmt: skip

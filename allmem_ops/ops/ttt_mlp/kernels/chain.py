@@ -91,11 +91,8 @@ def descent(
 
 
 @triton.jit
-def sum_slabs(
-    slabs, i_x, o_d, o_h, mask, state_gate, state_up, state_down, i_c,
-    D: tl.constexpr, HID: tl.constexpr, SP: tl.constexpr, STATE: tl.constexpr,
-):  # fmt: skip
-    """D of a part's hidden units: what the open chunk of the initial state holds, then the slabs in order."""
+def sum_slabs(slabs, i_x, o_d, o_h, mask, D: tl.constexpr, HID: tl.constexpr, SP: tl.constexpr):
+    """D of a part's hidden units: the slabs in order."""
     d_gate = tl.zeros([o_d.shape[0], o_h.shape[0]], dtype=tl.float32)
     d_up = d_gate
     d_down = d_gate
@@ -104,33 +101,53 @@ def sum_slabs(
         d_gate += b_gate
         d_up += b_up
         d_down += b_down
-    if STATE:
-        if i_c == 0:
-            g_gate, g_up, g_down = load_public(state_gate, state_up, state_down, i_x, o_d, o_h, mask, D, HID)
-            d_gate -= g_gate
-            d_up -= g_up
-            d_down -= g_down
     return d_gate, d_up, d_down
 
 
 @triton.jit
-def part_squares(d_gate, d_up, d_down):
-    """Sums of squares of a part's tiles: its share of |G|^2."""
-    return tl.sum(tl.sum(d_gate * d_gate, 1), 0), tl.sum(tl.sum(d_up * d_up, 1), 0), tl.sum(tl.sum(d_down * d_down, 1), 0)
+def with_held(
+    d_gate, d_up, d_down, g_gate, g_up, g_down, i_x, o_d, o_h, mask, i_c, D: tl.constexpr, HID: tl.constexpr, STATE: tl.constexpr
+):  # fmt: skip
+    """D with what the open chunk of the initial state holds, in its first chunk."""
+    if STATE:
+        if i_c == 0:
+            h_gate, h_up, h_down = load_public(g_gate, g_up, g_down, i_x, o_d, o_h, mask, D, HID)
+            d_gate -= h_gate
+            d_up -= h_up
+            d_down -= h_down
+    return d_gate, d_up, d_down
 
 
 @triton.jit
-def clip_sizes(p, i_x, PARTS: tl.constexpr):
-    """|G| of gate, up and down from the parts' sums of squares [..., PARTS, 3], added in their order."""
-    at = p + tl.cast(i_x, tl.int64) * (PARTS * 3)
+def store_squares(p, i_x, i_p, d_gate, d_up, d_down, PARTS: tl.constexpr):
+    """A part's share of |G|^2 of gate, up and down into [..., PARTS, 3]."""
+    at = p + (tl.cast(i_x, tl.int64) * PARTS + i_p) * 3
+    tl.store(at, tl.sum(tl.sum(d_gate * d_gate, 1), 0))
+    tl.store(at + 1, tl.sum(tl.sum(d_up * d_up, 1), 0))
+    tl.store(at + 2, tl.sum(tl.sum(d_down * d_down, 1), 0))
+
+
+@triton.jit
+def clip(d_gate, d_up, d_down, squares, g_size, i_x, i_r, i_p, grad_clip, PARTS: tl.constexpr):
+    """D * min(1, grad_clip / |D|) for each matrix, from the parts' shares added in their order; |D| is kept in `g_size`."""
+    at = squares + tl.cast(i_x, tl.int64) * (PARTS * 3)
     s_gate = 0.0
     s_up = 0.0
     s_down = 0.0
-    for i_p in tl.static_range(PARTS):
-        s_gate += tl.load(at + i_p * 3, cache_modifier=".cg")
-        s_up += tl.load(at + i_p * 3 + 1, cache_modifier=".cg")
-        s_down += tl.load(at + i_p * 3 + 2, cache_modifier=".cg")
-    return tl.sqrt_rn(s_gate), tl.sqrt_rn(s_up), tl.sqrt_rn(s_down)
+    for i in tl.static_range(PARTS):
+        s_gate += tl.load(at + i * 3, cache_modifier=".cg")
+        s_up += tl.load(at + i * 3 + 1, cache_modifier=".cg")
+        s_down += tl.load(at + i * 3 + 2, cache_modifier=".cg")
+    s_gate, s_up, s_down = tl.sqrt_rn(s_gate), tl.sqrt_rn(s_up), tl.sqrt_rn(s_down)
+    if i_p == 0:
+        p_g = g_size + tl.cast(i_r, tl.int64) * 3
+        tl.store(p_g, s_gate)
+        tl.store(p_g + 1, s_up)
+        tl.store(p_g + 2, s_down)
+    d_gate *= grad_clip / tl.maximum(s_gate, grad_clip)
+    d_up *= grad_clip / tl.maximum(s_up, grad_clip)
+    d_down *= grad_clip / tl.maximum(s_down, grad_clip)
+    return d_gate, d_up, d_down
 
 
 @triton.jit
@@ -180,7 +197,7 @@ def ttt_mlp_fwd_init_kernel(
 ):  # fmt: skip
     """Slot 0 of every sequence, the row norms N. Grid (N * H, PARTS)."""
     HP: tl.constexpr = HS // SP
-    PARTS: tl.constexpr = tl.cdiv(HID, HS) * SP
+    PARTS: tl.constexpr = (HID + HS - 1) // HS * SP
     i_x, i_p = tl.program_id(0), tl.program_id(1)
     o_d, o_h = tl.arange(0, BD), i_p * HP + tl.arange(0, HP)
     mask = (o_d < D)[:, None] & (o_h < HID)[None, :]
@@ -217,6 +234,7 @@ def ttt_mlp_fwd_write_kernel(
     PREC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Slabs of chunk `i_c`'s D and sums of mu. Grid (N * H, slices, SP)."""
+    PARTS: tl.constexpr = (HID + HS - 1) // HS * SP
     i_x, i_s, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_n, i_h = i_x // H, i_x % H
     i_b, begin, length, held = sequence_span(cu_seqlens, count, i_n, T, chunk_size, PACKED, STATE)
@@ -230,8 +248,8 @@ def ttt_mlp_fwd_write_kernel(
     b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
     if NORM != NONE:
         w = load_public(w_gate, w_up, w_down, i_h, o_d, o_h, mask, D, HID)
-        size_down = row_sizes(rows, i_x, o_d, D, tl.cdiv(HID, HS) * SP)
-        n_down = row_sizes(n_rows, i_x, o_d, D, tl.cdiv(HID, HS) * SP)
+        size_down = row_sizes(rows, i_x, o_d, D, PARTS)
+        n_down = row_sizes(n_rows, i_x, o_d, D, PARTS)
         b_gate, b_up, b_down = point(b_gate, b_up, b_down, column_size(w[0]), column_size(w[1]), n_down, size_down, i_c, eps, NORM)
         if i_s + i_k == 0:
             tl.store(size + tl.cast(i_r, tl.int64) * (2 * HID + D) + 2 * HID + o_d, size_down, mask=o_d < D)
@@ -255,7 +273,7 @@ def ttt_mlp_fwd_clip_kernel(
 ):  # fmt: skip
     """Sums of squares of every part of chunk `i_c`'s G. Grid (N * H, PARTS)."""
     HP: tl.constexpr = HS // SP
-    PARTS: tl.constexpr = tl.cdiv(HID, HS) * SP
+    PARTS: tl.constexpr = (HID + HS - 1) // HS * SP
     i_x, i_p = tl.program_id(0), tl.program_id(1)
     _, _, length, held = sequence_span(cu_seqlens, count, i_x // H, T, chunk_size, PACKED, STATE)
     _, written = sequence_slots(first, i_x // H, steps, length, held, chunk_size, PACKED, KEEP)
@@ -263,12 +281,9 @@ def ttt_mlp_fwd_clip_kernel(
         return
     o_d, o_h = tl.arange(0, BD), i_p * HP + tl.arange(0, HP)
     mask = (o_d < D)[:, None] & (o_h < HID)[None, :]
-    d_gate, d_up, d_down = sum_slabs(slabs, i_x, o_d, o_h, mask, g_gate, g_up, g_down, i_c, D, HID, SP, STATE)
-    q_gate, q_up, q_down = part_squares(d_gate, d_up, d_down)
-    p = squares + (tl.cast(i_x, tl.int64) * PARTS + i_p) * 3
-    tl.store(p, q_gate)
-    tl.store(p + 1, q_up)
-    tl.store(p + 2, q_down)
+    d_gate, d_up, d_down = sum_slabs(slabs, i_x, o_d, o_h, mask, D, HID, SP)
+    d_gate, d_up, d_down = with_held(d_gate, d_up, d_down, g_gate, g_up, g_down, i_x, o_d, o_h, mask, i_c, D, HID, STATE)
+    store_squares(squares, i_x, i_p, d_gate, d_up, d_down, PARTS)
 
 
 @triton.jit(do_not_specialize=["i_c", "T", "chunk_size", "H", "steps"])
@@ -281,7 +296,7 @@ def ttt_mlp_fwd_commit_kernel(
 ):  # fmt: skip
     """W and M after chunk `i_c`, or what the open chunk holds at the end. Grid (N * H, PARTS)."""
     HP: tl.constexpr = HS // SP
-    PARTS: tl.constexpr = tl.cdiv(HID, HS) * SP
+    PARTS: tl.constexpr = (HID + HS - 1) // HS * SP
     i_x, i_p = tl.program_id(0), tl.program_id(1)
     i_n, i_h = i_x // H, i_x % H
     _, _, length, held = sequence_span(cu_seqlens, count, i_n, T, chunk_size, PACKED, STATE)
@@ -290,7 +305,8 @@ def ttt_mlp_fwd_commit_kernel(
         return
     o_d, o_h = tl.arange(0, BD), i_p * HP + tl.arange(0, HP)
     mask = (o_d < D)[:, None] & (o_h < HID)[None, :]
-    d_gate, d_up, d_down = sum_slabs(slabs, i_x, o_d, o_h, mask, g_gate, g_up, g_down, i_c, D, HID, SP, STATE)
+    d_gate, d_up, d_down = sum_slabs(slabs, i_x, o_d, o_h, mask, D, HID, SP)
+    d_gate, d_up, d_down = with_held(d_gate, d_up, d_down, g_gate, g_up, g_down, i_x, o_d, o_h, mask, i_c, D, HID, STATE)
     b_mu = mu_total(mu_sums, mu_held, i_x, i_c, SP, STATE)
     if i_c == written:
         if KEEP:
@@ -301,14 +317,7 @@ def ttt_mlp_fwd_commit_kernel(
         b_mu = b_mu / chunk_size
         tl.store(mu_mean + i_r, b_mu, mask=i_p == 0)
         if CLIP:
-            c_gate, c_up, c_down = clip_sizes(squares, i_x, PARTS)
-            p_g = g_size + tl.cast(i_r, tl.int64) * 3
-            tl.store(p_g, c_gate, mask=i_p == 0)
-            tl.store(p_g + 1, c_up, mask=i_p == 0)
-            tl.store(p_g + 2, c_down, mask=i_p == 0)
-            d_gate *= grad_clip / tl.maximum(c_gate, grad_clip)
-            d_up *= grad_clip / tl.maximum(c_up, grad_clip)
-            d_down *= grad_clip / tl.maximum(c_down, grad_clip)
+            d_gate, d_up, d_down = clip(d_gate, d_up, d_down, squares, g_size, i_x, i_r, i_p, grad_clip, PARTS)
         z_gate, z_up, z_down = load_three(m, i_x, o_d, o_h, mask, D, HID)
         z_gate, z_up, z_down = b_mu * z_gate + d_gate, b_mu * z_up + d_up, b_mu * z_down + d_down
         b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
@@ -337,7 +346,7 @@ def ttt_mlp_fwd_finish_kernel(
 ):  # fmt: skip
     """Row norms of Wdown in every sequence's last slot and in N; the final W and M. Grid (N * H, PARTS)."""
     HP: tl.constexpr = HS // SP
-    PARTS: tl.constexpr = tl.cdiv(HID, HS) * SP
+    PARTS: tl.constexpr = (HID + HS - 1) // HS * SP
     i_x, i_p = tl.program_id(0), tl.program_id(1)
     i_n, i_h = i_x // H, i_x % H
     _, _, length, held = sequence_span(cu_seqlens, count, i_n, T, chunk_size, PACKED, STATE)
