@@ -18,6 +18,7 @@ _HOME = {
     "gated_fusion": "allmem_ops.ops.fusion.api",
     "AllMemConfig": "allmem_ops.layers.config",
     "MemoryBranch": "allmem_ops.layers.memory",
+    "TokenMixer": "allmem_ops.layers.mixer",
 }
 
 __all__ = sorted(_HOME)
@@ -25,6 +26,7 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from allmem_ops.layers.config import AllMemConfig
     from allmem_ops.layers.memory import MemoryBranch
+    from allmem_ops.layers.mixer import TokenMixer
     from allmem_ops.ops.fusion.api import gated_fusion
     from allmem_ops.ops.swa.api import swa, swa_step
     from allmem_ops.ops.swa.cache import WindowCache
