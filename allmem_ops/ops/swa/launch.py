@@ -55,8 +55,8 @@ def _table() -> Table:
 
     table: dict[tuple[str, Any], list[Config]] = {}
     for BD in (16, 32, 64, 128, 256):
-        table["sm80", ("half", BD)] = entry(128, 32 if BD == 256 else 64, 1, 0, 8, 2)
-        table["sm80", ("single", BD)] = entry(64, 16 if BD == 256 else 32, 1, 0, 8 if BD == 256 else 4, 2)
+        table["sm80", ("half", BD)] = entry(64 if BD == 256 else 128, 64, 1, 0, 8, 2)
+        table["sm80", ("single", BD)] = entry(64, 16 if BD == 256 else 32, 1, 0, 8, 2)
         table["sm90", ("half", BD)] = entry(128, 64, 1, 1, 8, 2)
     return table
 

@@ -190,9 +190,6 @@ def swa_fwd_kernel(
     o_row = tl.cast(row_q + o_t, tl.int64)
     m_t = o_t < Tq
     m_q = m_t[:, None] & (o_d < D)[None, :]
-    b_q = tl.load(
-        q + i_b64 * stride_qb + o_row[:, None] * stride_qt + o_h[:, None] * stride_qh + o_d[None, :] * stride_qd, mask=m_q, other=0.0
-    )
     if not TMA:
         k += i_b64 * stride_kb + i_h * stride_kh
         v += i_b64 * stride_vb + i_h * stride_vh
@@ -210,6 +207,9 @@ def swa_fwd_kernel(
             )  # fmt: skip
         sink_full = 0
         sink_end = 0
+    # Loaded after the far sinks are done: at head dim 256 shared memory does not hold both query tiles.
+    p_q = q + i_b64 * stride_qb + o_row[:, None] * stride_qt + o_h[:, None] * stride_qh + o_d[None, :] * stride_qd
+    b_q = tl.load(p_q, mask=m_q, other=0.0)
     b_o, b_l, b_m = _attend(
         b_q, b_o, b_l, b_m, k, v, i_b, i_h, row_k, Tk, stride_kt, stride_kd, stride_vt, stride_vd, o_i, window, sinks,
         sink_full, sink_end, left, full, diag, end, scale_log2, D, BD, BN, TMA, PRECISION,
