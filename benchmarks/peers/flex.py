@@ -21,6 +21,12 @@ def block_mask(length: int, window: int, sinks: int, device: str) -> BlockMask:
     return create_block_mask(_visible(window, sinks), None, None, length, length, device=device, _compile=device == "cuda")
 
 
+@functools.cache
+def causal_mask(length: int, device: str) -> BlockMask:
+    """Full causal attention."""
+    return create_block_mask(lambda b, h, i, j: j <= i, None, None, length, length, device=device, _compile=device == "cuda")  # noqa: ARG005
+
+
 def document_mask(lengths: Sequence[int], window: int, device: str) -> BlockMask:
     """The same for packed documents, without sinks."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
