@@ -23,7 +23,7 @@ from allmem_ops._validation import short
 from allmem_ops.ops.kernels.configs import Config, candidates
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
 from allmem_ops.ops.ttt_mlp import configs_bwd
-from allmem_ops.ops.ttt_mlp.kernels import bwd_chain, bwd_ends, bwd_read, bwd_tokens
+from allmem_ops.ops.ttt_mlp.kernels import bwd_chain, bwd_ends, bwd_persistent, bwd_read, bwd_tokens
 from allmem_ops.ops.ttt_mlp.launch import NORM, Outputs, Spans, State, power_of_two
 from allmem_ops.ops.ttt_mlp.reference import Options
 
@@ -42,10 +42,10 @@ class Gradients(NamedTuple):
     state: tuple[Tensor, ...] | None  # of the state's w_gate, w_up, w_down, m_gate, m_up, m_down
 
 
-def splits(programs: int, device: torch.device) -> int:
-    """In how many parts a chunk's tokens are split, so that `programs` slices fill the GPU twice: a power of two, at most 8."""
+def splits(slices: int, room: int) -> int:
+    """In how many parts a chunk's tokens are split, so that `slices` of all heads fill `room` programs: a power of two, at most 8."""
     parts = 1
-    while 2 * parts * programs <= 2 * sm_count(device) and parts < 8:
+    while 2 * parts * slices <= room and parts < 8:
         parts *= 2
     return parts
 
@@ -73,6 +73,7 @@ def ttt_mlp_triton_backward(
     saved: Outputs,
     options: Options,
     keep: bool,
+    persistent: bool | None = None,
 ) -> Gradients:
     """The backward of `ttt_mlp_triton_forward`.
 
@@ -80,6 +81,8 @@ def ttt_mlp_triton_backward(
         do: gradient of o.
         d_end: gradients of the final state's w_gate, w_up, w_down, m_gate, m_up, m_down, each perhaps None.
         saved: what the forward returned; of it `n` and what follows is read.
+        persistent: whether the chain is one launch of programs that meet at barriers, or two or three launches a chunk, with the same
+            result; None: where all the programs of a head can be resident.
         others: as the forward took them.
     """
     chunk_size, norm, residual, grad_clip, eps = options
@@ -145,9 +148,11 @@ def ttt_mlp_triton_backward(
 
     # the reverse chain
     found = config(configs_bwd.CHAIN)
-    BH = found.constants["BH"]
+    constants = dict(found.constants)
+    room = constants.pop("RESIDENT") * sm_count(q.device)
+    BH = constants["BH"]
     slices = -(-h // BH)
-    SP = splits(rows * slices, q.device)
+    SP = splits(rows * slices, room)
     parts = slices * SP
     dx, dm = (_carried(three, new(sequences, heads, 3, d, h)) for three in (d_end[:3], d_end[3:]))
     dn = torch.zeros(sequences, heads, 2 * h + d, dtype=dx.dtype, device=dx.device)
@@ -155,25 +160,34 @@ def ttt_mlp_triton_backward(
     mu_parts, clip_parts = new(S, heads, parts), new(rows, parts, 3)
     slabs = new(rows, parts, d, 2 * BH), new(rows, parts, d, BH), new(rows, parts, 2, BH), new(rows, parts, 2, d)
     momentum = saved.m, size, n, *m_state
-    grid = rows, slices, SP
-    chain = shape | kind | {"BH": BH, "SP": SP, "NORM": NORM[norm], "KEEP": keep}
-    save_m = saved.m.numel() > 0
     first = saved.first
-    for i_step in range(spans.steps):
-        bwd_chain.ttt_mlp_bwd_slab_kernel[grid](
-            k, v, eta, *span, first, dx, dread, x, point_gate_up, d_gate_up, down, *slabs, tokens, chunk_size, i_step, heads, steps,
-            *k.stride(), *v.stride(), *eta.stride(), **chain, **dots, BT=found.constants["BT"],
-            num_warps=found.num_warps, num_stages=found.num_stages,
+    SAVE_M, CLIP = saved.m.numel() > 0, grad_clip is not None
+    chain = shape | kind | {"BH": BH, "SP": SP, "NORM": NORM[norm], "KEEP": keep}
+    of_tokens = {"BT": constants["BT"], **dots, "num_warps": found.num_warps, "num_stages": found.num_stages}
+    if persistent if persistent is not None else q.is_cuda and parts <= room:
+        groups = min(rows, room // parts)
+        counters = torch.zeros(groups * 32, dtype=torch.int32, device=q.device)
+        bwd_persistent.ttt_mlp_bwd_chain_kernel[(groups * parts,)](
+            k, v, eta, *span, first, dx, dm, dn, dread, x, *momentum, saved.mu_mean, saved.g_size, point_gate_up, down, d_gate_up,
+            mu_parts, clip_parts, *slabs, counters, rows, tokens, chunk_size, heads, steps, eps, grad_clip,
+            *k.stride(), *v.stride(), *eta.stride(), **chain, CLIP=CLIP, SAVE_M=SAVE_M, **of_tokens, launch_cooperative_grid=True,
         )  # fmt: skip
-        bwd_chain.ttt_mlp_bwd_carry_kernel[grid](
-            *span, first, dx, dm, dn, dread, x, *momentum, saved.mu_mean, down, d_gate_up, mu_parts, clip_parts, *slabs,
-            tokens, chunk_size, i_step, heads, steps, eps, **chain, CLIP=grad_clip is not None, SAVE_M=save_m, num_warps=4,
-        )  # fmt: skip
-        if grad_clip is not None:
-            bwd_chain.ttt_mlp_bwd_clip_kernel[grid](
-                *span, first, dm, x, *momentum, saved.mu_mean, saved.g_size, down, d_gate_up, clip_parts,
-                tokens, chunk_size, i_step, heads, steps, eps, grad_clip, **chain, SAVE_M=save_m, num_warps=4,
+    else:
+        grid = rows, slices, SP
+        for i_step in range(spans.steps):
+            bwd_chain.ttt_mlp_bwd_slab_kernel[grid](
+                k, v, eta, *span, first, dx, dread, x, point_gate_up, d_gate_up, down, *slabs, tokens, chunk_size, i_step, heads, steps,
+                *k.stride(), *v.stride(), *eta.stride(), **chain, **of_tokens,
             )  # fmt: skip
+            bwd_chain.ttt_mlp_bwd_carry_kernel[grid](
+                *span, first, dx, dm, dn, dread, x, *momentum, saved.mu_mean, down, d_gate_up, mu_parts, clip_parts, *slabs,
+                tokens, chunk_size, i_step, heads, steps, eps, **chain, CLIP=CLIP, SAVE_M=SAVE_M, num_warps=found.num_warps,
+            )  # fmt: skip
+            if CLIP:
+                bwd_chain.ttt_mlp_bwd_clip_kernel[grid](
+                    *span, first, dm, x, *momentum, saved.mu_mean, saved.g_size, down, d_gate_up, clip_parts,
+                    tokens, chunk_size, i_step, heads, steps, eps, grad_clip, **chain, SAVE_M=SAVE_M, num_warps=found.num_warps,
+                )  # fmt: skip
 
     # what follows from it
     found = config(configs_bwd.TOKENS)

@@ -117,7 +117,7 @@ def tokens_step(
     NORM: tl.constexpr, PREC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Slab and row sums of program (i_s, i_k) for a slot with `tokens` tokens to write, 0 in the last one."""
-    PARTS: tl.constexpr = tl.cdiv(HID, BH) * SP
+    PARTS: tl.constexpr = (HID + BH - 1) // BH * SP
     RD: tl.constexpr = BD // SP
     o_d = tl.arange(0, BD)
     i_p = i_s * SP + i_k
@@ -182,7 +182,7 @@ def carry_step(
     NORM: tl.constexpr, CLIP: tl.constexpr, STATE: tl.constexpr, SAVE_M: tl.constexpr,
 ):  # fmt: skip
     """dX_j, j = `i_c`, of the rows that program (i_s, i_k) owns, and on to chunk j - 1."""
-    SLICES: tl.constexpr = tl.cdiv(HID, BH)
+    SLICES: tl.constexpr = (HID + BH - 1) // BH
     PARTS: tl.constexpr = SLICES * SP
     RD: tl.constexpr = BD // SP
     o_d, o_h = i_k * RD + tl.arange(0, RD), i_s * BH + tl.arange(0, BH)
@@ -248,13 +248,15 @@ def carry_step(
     store_three(dm, i_x, o_d, o_h, mask, z_gate, z_up, z_down, D, HID)
     if before:
         i_q = i_r - H
-        i_p = i_s * SP + i_k
+        i_part = i_s * SP + i_k
         m_all = momentum(x, m, size, n, m_gate, m_up, m_down, i_x, i_q, i_h, i_c - 1, H, o_d, o_h, mask, eps, D, HID, NORM, STATE, SAVE_M)
-        tl.store(mu_parts + tl.cast(i_q, tl.int64) * PARTS + i_p, inner(z_gate, m_all[0]) + inner(z_up, m_all[1]) + inner(z_down, m_all[2]))
+        tl.store(
+            mu_parts + tl.cast(i_q, tl.int64) * PARTS + i_part, inner(z_gate, m_all[0]) + inner(z_up, m_all[1]) + inner(z_down, m_all[2])
+        )
         if CLIP:
             b_mu = tl.load(mu_mean + i_q)
             c_all = momentum(x, m, size, n, m_gate, m_up, m_down, i_x, i_r, i_h, i_c, H, o_d, o_h, mask, eps, D, HID, NORM, STATE, SAVE_M)
-            p_c = clip_parts + (tl.cast(i_x, tl.int64) * PARTS + i_p) * 3
+            p_c = clip_parts + (tl.cast(i_x, tl.int64) * PARTS + i_part) * 3
             tl.store(p_c, inner(z_gate, c_all[0] - b_mu * m_all[0]))
             tl.store(p_c + 1, inner(z_up, c_all[1] - b_mu * m_all[1]))
             tl.store(p_c + 2, inner(z_down, c_all[2] - b_mu * m_all[2]))
@@ -292,7 +294,7 @@ def clip_step(
     NORM: tl.constexpr, STATE: tl.constexpr, SAVE_M: tl.constexpr,
 ):  # fmt: skip
     """dD of chunk i_c - 1, of the rows that program (i_s, i_k) owns."""
-    PARTS: tl.constexpr = tl.cdiv(HID, BH) * SP
+    PARTS: tl.constexpr = (HID + BH - 1) // BH * SP
     RD: tl.constexpr = BD // SP
     o_d, o_h = i_k * RD + tl.arange(0, RD), i_s * BH + tl.arange(0, BH)
     mask = (o_d < D)[:, None] & (o_h < HID)[None, :]

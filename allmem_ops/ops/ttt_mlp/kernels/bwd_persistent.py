@@ -1,0 +1,62 @@
+"""The reverse chain of `ttt_mlp` in one launch: programs that stay and meet at barriers, PARTS of them for a (sequence, head).
+
+The device functions are those of bwd_chain.py, and so are the results. All programs have to be resident: `launch_cooperative_grid=True`.
+"""
+
+import triton
+import triton.language as tl
+
+from allmem_ops.ops.ttt_mlp.kernels.bwd_chain import carry_step, clip_step, tokens_step
+from allmem_ops.ops.ttt_mlp.kernels.common import chunk_span, first_slot, sequence_span, written_chunks
+from allmem_ops.ops.ttt_mlp.kernels.persistent import barrier
+
+
+@triton.jit(do_not_specialize=["X", "T", "chunk_size", "H", "steps"])
+def ttt_mlp_bwd_chain_kernel(
+    k, v, eta, cu_seqlens, count, first, dx, dm, dn, dread, x, m, size, n, m_gate, m_up, m_down, mu_mean, g_size,
+    gate_up, down, d_gate_up, mu_parts, clip_parts, slabs_gate_up, slabs_down, rows_hidden, rows_down, counters,
+    X, T, chunk_size, H, steps, eps, grad_clip,
+    sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e,
+    D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, SP: tl.constexpr, BT: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
+    PREC: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Everything of the chain. Grid (groups * PARTS,): group i_g works on (sequence, head) i_g, i_g + groups, ... of X."""
+    PARTS: tl.constexpr = (HID + BH - 1) // BH * SP
+    i_g, i_p = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    i_s, i_k = i_p // SP, i_p % SP
+    # a line of the cache for each group's counter
+    counter = counters + i_g * 32
+    target = 0
+    for i_x in tl.range(i_g, X, tl.num_programs(0) // PARTS):
+        i_n, i_h = i_x // H, i_x % H
+        i_b, begin, length, held = sequence_span(cu_seqlens, count, i_n, T, chunk_size, PACKED, STATE)
+        written = written_chunks(length, held, chunk_size, KEEP)
+        slot = first_slot(first, i_n, steps, PACKED)
+        for i_step in tl.range(0, written + 1):
+            i_c = written - i_step
+            i_r = (slot + i_c) * H + i_h
+            start, stop = chunk_span(i_c, length, held, chunk_size)
+            tokens_step(
+                k, v, eta, dx, dread, x, gate_up, d_gate_up, down, slabs_gate_up, slabs_down, rows_hidden, rows_down,
+                i_x, i_s, i_k, i_r, i_h, i_b, begin + start, tl.where(i_step > 0, stop - start, 0),
+                sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e,
+                D, HID, BD, BH, SP, BT, NORM, PREC, FAST,
+            )  # fmt: skip
+            target += PARTS
+            barrier(counter, target)
+            carry_step(
+                dx, dm, dn, dread, x, m, size, n, m_gate, m_up, m_down, mu_mean, down, d_gate_up, mu_parts, clip_parts,
+                slabs_gate_up, slabs_down, rows_hidden, rows_down, i_x, i_s, i_k, i_r, i_h, i_c, written, H, eps,
+                D, HID, BD, BH, SP, NORM, CLIP, STATE, SAVE_M,
+            )  # fmt: skip
+            if i_c > 0:
+                if CLIP:
+                    target += PARTS
+                    barrier(counter, target)
+                    clip_step(
+                        dm, x, m, size, n, m_gate, m_up, m_down, mu_mean, g_size, down, d_gate_up, clip_parts,
+                        i_x, i_s, i_k, i_r, i_h, i_c, H, eps, grad_clip, D, HID, BD, BH, SP, NORM, STATE, SAVE_M,
+                    )  # fmt: skip
+                target += PARTS
+                barrier(counter, target)
