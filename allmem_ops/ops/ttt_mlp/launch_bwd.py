@@ -24,8 +24,10 @@ from allmem_ops.ops.kernels.configs import Config, candidates
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
 from allmem_ops.ops.ttt_mlp import configs_bwd
 from allmem_ops.ops.ttt_mlp.kernels import bwd_chain, bwd_ends, bwd_persistent, bwd_read, bwd_tokens
-from allmem_ops.ops.ttt_mlp.launch import NORM, Outputs, Spans, State, power_of_two
+from allmem_ops.ops.ttt_mlp.launch import NORM, power_of_two
 from allmem_ops.ops.ttt_mlp.reference import Options
+from allmem_ops.ops.ttt_mlp.slots import Outputs, State
+from allmem_ops.ops.ttt_mlp.slots import spans as spans_of
 
 
 class Gradients(NamedTuple):
@@ -86,24 +88,20 @@ def ttt_mlp_triton_backward(
         others: as the forward took them.
     """
     chunk_size, norm, residual, grad_clip, eps = options
-    batch, tokens, heads, d = q.shape
+    _, tokens, heads, d = q.shape
     h = weights[0].shape[1]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    spans = Spans(batch, tokens, sequences, chunk_size, cu_seqlens is not None, state is not None, keep)
-    rows, S = sequences * heads, spans.slots
+    spans = spans_of(q, cu_seqlens, chunk_size, state is not None, keep)
+    sequences, S = spans.sequences, spans.slots
+    rows = sequences * heads
     weights = [w.contiguous() for w in weights]
     new = weights[0].new_empty
-    contiguous = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, eta, mu, *weights)]
-    of_state = None if state is None else tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in state[:6])
-    out = Gradients(*contiguous, of_state)
+    of_state = None if state is None else tuple(new(sequences, *w.shape) for w in (*weights, *weights))
+    out = Gradients(*(x.new_empty(x.shape) for x in (q, k, v, eta, mu, *weights)), of_state)
     if rows == 0:
         for x in out[5:8]:
             x.zero_()
         return out
-    count, m_state = None, (None, None, None)
-    if state is not None:
-        state = State(*(x.contiguous() for x in state))
-        count, m_state = state.count, state[3:6]
+    count, m_state = (None, (None, None, None)) if state is None else (state.count, [x.contiguous() for x in state[3:6]])
     wide = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
     precision = "tf32" if q.dtype == torch.float16 else "ieee"
     fast = q.dtype != torch.float32 and not settings().interpret
@@ -161,7 +159,7 @@ def ttt_mlp_triton_backward(
     slabs = new(rows, parts, d, 2 * BH), new(rows, parts, d, BH), new(rows, parts, 2, BH), new(rows, parts, 2, d)
     momentum = saved.m, size, n, *m_state
     first = saved.first
-    SAVE_M, CLIP = saved.m.numel() > 0, grad_clip is not None
+    SAVE_M, CLIP = saved.m is not None and saved.m.numel() > 0, grad_clip is not None
     chain = shape | kind | {"BH": BH, "SP": SP, "NORM": NORM[norm], "KEEP": keep}
     of_tokens = {"BT": constants["BT"], **dots, "num_warps": found.num_warps, "num_stages": found.num_stages}
     if persistent if persistent is not None else q.is_cuda and parts <= room:
