@@ -11,8 +11,8 @@ import triton.language as tl
 
 from allmem_ops.ops.swa.kernels.tiles import query_tiles
 
-# The running maximum before the first visible key: finite, so that no difference is inf - inf in a row without a visible key.
-_LOWEST = tl.constexpr(-1e30)
+# The running maximum before the first visible key: below every score, but finite, so that no difference is inf - inf.
+_LOWEST = tl.constexpr(-3e38)
 
 
 @triton.jit
