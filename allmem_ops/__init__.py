@@ -19,6 +19,7 @@ _HOME = {
     "AllMemConfig": "allmem_ops.layers.config",
     "MemoryBranch": "allmem_ops.layers.memory",
     "TokenMixer": "allmem_ops.layers.mixer",
+    "warmup": "allmem_ops.layers.warmup",
 }
 
 __all__ = sorted(_HOME)
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from allmem_ops.layers.config import AllMemConfig
     from allmem_ops.layers.memory import MemoryBranch
     from allmem_ops.layers.mixer import TokenMixer
+    from allmem_ops.layers.warmup import warmup
     from allmem_ops.ops.fusion.api import gated_fusion
     from allmem_ops.ops.swa.api import swa, swa_step
     from allmem_ops.ops.swa.cache import WindowCache
