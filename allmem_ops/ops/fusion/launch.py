@@ -13,8 +13,8 @@ from allmem_ops.ops.kernels.configs import Config, Table, choose
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
 
 # TILE: elements of a tile. PER_SM: programs a streaming multiprocessor, at most. STAGES: of the loop over tiles.
-_FWD: Table = {("sm80", "rows"): [Config({"TILE": 4096, "PER_SM": 16, "STAGES": 1}, 4, 1)]}
-_BWD: Table = {("sm80", "rows"): [Config({"TILE": 4096, "PER_SM": 4, "STAGES": 1}, 4, 1)]}
+_FWD: Table = {("sm80", "rows"): [Config({"TILE": 4096, "PER_SM": 8, "STAGES": 2}, 8, 1)]}
+_BWD: Table = {("sm80", "rows"): [Config({"TILE": 2048, "PER_SM": 4, "STAGES": 1}, 4, 1)]}
 _SUM_ROWS, _SUM_COLUMNS = 64, 32  # tile of the kernel that adds the programs' parts
 
 

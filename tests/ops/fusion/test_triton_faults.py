@@ -31,7 +31,7 @@ _FAULTS = {
     "alpha's sum before the gate": (bwd, "b_dy *= b_s", "b_dy *= 1.0"),
     "the weight's sum without alpha": (bwd, "b_z *= b_alpha", "b_z *= 1.0"),
     "sums of the last tile only": (bwd, "b_z += b_dy * b_x", "b_z = b_dy * b_x"),
-    "sums of the first program only": (bwd, "for i_n in range(0, rows, BN)", "for i_n in range(0, tl.minimum(rows, BN), BN)"),
+    "sums of the first program only": (bwd, "p_alpha_sums, alpha_rows,", "p_alpha_sums, 2,"),
 }
 
 
@@ -48,6 +48,7 @@ def _largest_difference() -> float:
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_FWD", TILES)
     monkeypatch.setattr(launch, "_BWD", TILES)
+    monkeypatch.setattr(launch, "sm_count", lambda device: 1)
     monkeypatch.setattr(launch, "_SUM_ROWS", 2)
 
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from allmem_ops.ops.fusion.kernels.rows import CHANNEL_GATE, HEAD_GATE, inverse_rms, tile_loop, tile_rows, token_offsets
+from allmem_ops.ops.kernels.sums import column_sums
 
 
 @triton.jit(do_not_specialize=["tokens", "T", "eps"], do_not_specialize_on_alignment=["tokens", "T"])
@@ -120,23 +121,6 @@ def gated_fusion_bwd_kernel(
         tl.store(p_weight_sums + tl.program_id(0) * BW + tl.arange(0, BW), tl.sum(b_z, 0))
 
 
-@triton.jit
-def _store_column_sums(
-    p_sums, p_out, rows, i_c, H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
-):
-    """out[h * W + w] = sum over rows of sums [rows, H, BW]."""
-    o_c = i_c * BC + tl.arange(0, BC)
-    m_c = o_c < H * BW
-    o_n = tl.cast(tl.arange(0, BN), tl.int64)
-    b_sum = tl.zeros([BN, BC], dtype=tl.float32)
-    for i_n in range(0, rows, BN):
-        m_n = (i_n + o_n < rows)[:, None] & m_c[None, :]
-        b_sum += tl.load(p_sums + (i_n + o_n)[:, None] * (H * BW) + o_c[None, :], mask=m_n, other=0.0)
-    o_out = o_c // BW * W + o_c % BW
-    m_out = m_c & (o_c % BW < W) & (o_out < D)
-    tl.store(p_out + o_out, tl.sum(b_sum, 0).to(p_out.dtype.element_ty), mask=m_out)
-
-
 @triton.jit(do_not_specialize=["alpha_rows", "programs"], do_not_specialize_on_alignment=["alpha_rows", "programs"])
 def gated_fusion_bwd_sums_kernel(
     p_alpha_sums,
@@ -152,13 +136,17 @@ def gated_fusion_bwd_sums_kernel(
     BN: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """dalpha and dweight from the programs' parts: a program sums BC columns of one of them, all rows in order."""
+    """dalpha from fp32 [alpha_rows, H, BW], dweight from fp32 [programs, BW]: a program sums BC columns of one of them."""
     i_c = tl.program_id(0)
-    NA: tl.constexpr = 0 if p_alpha_sums is None else tl.cdiv(H * BW, BC)
+    NA: tl.constexpr = 0 if p_alpha_sums is None else (H * BW + BC - 1) // BC
     # Nested: Triton would compile both sides of `and`, also with a pointer that is None.
     if p_alpha_sums is not None:
         if i_c < NA:
-            _store_column_sums(p_alpha_sums, p_dalpha, alpha_rows, i_c, H, W, D, BW, BN, BC)
+            o_c, b_sum = column_sums(p_alpha_sums, alpha_rows, H * BW, i_c, BN, BC)
+            o_out = o_c // BW * W + o_c % BW
+            m_out = (o_c < H * BW) & (o_c % BW < W) & (o_out < D)
+            tl.store(p_dalpha + o_out, b_sum.to(p_dalpha.dtype.element_ty), mask=m_out)
     if p_weight_sums is not None:
         if i_c >= NA:
-            _store_column_sums(p_weight_sums, p_dweight, programs, i_c - NA, 1, W, W, BW, BN, BC)
+            o_c, b_sum = column_sums(p_weight_sums, programs, BW, i_c - NA, BN, BC)
+            tl.store(p_dweight + o_c, b_sum.to(p_dweight.dtype.element_ty), mask=o_c < W)

@@ -1,0 +1,284 @@
+"""Backward of the convolution, its activation and the norms: the projection's gradient, and parts of the parameters' sums."""
+
+import triton
+import triton.language as tl
+
+from allmem_ops.ops.memory_input.kernels.walk import (
+    below,
+    convolved,
+    earlier,
+    load_taps,
+    load_token,
+    norm_factors,
+    program_place,
+    token_place,
+    within,
+)
+
+
+@triton.jit
+def _token(
+    i_b,
+    i_t,
+    b_x,
+    b_x1,
+    b_x2,
+    b_x3,
+    b_dy,
+    b_dx1,
+    b_dx2,
+    b_dx3,
+    b_dw,
+    b_dw1,
+    b_dw2,
+    b_dw3,
+    b_dnorm,
+    b_w,
+    b_w1,
+    b_w2,
+    b_w3,
+    b_norm,
+    p_dx,
+    s_dx_t,
+    p_tail,
+    p_sequence,
+    p_position,
+    first,
+    end,
+    T,
+    m_x,
+    rms_eps,
+    l2_eps,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    TAPS: tl.constexpr,
+    SILU: tl.constexpr,
+    RMS: tl.constexpr,
+    L2: tl.constexpr,
+):
+    """One token: its convolution again, what it adds to the gradients of itself and of the TAPS - 1 inputs before it, and to the sums.
+
+    b_dx1..3 are the gradients so far of the inputs one, two and three before it; the oldest is complete with this token and stored.
+    """
+    position = i_t
+    if p_position is not None:
+        position, o_tail = token_place(i_b, i_t, T, p_tail, p_sequence, p_position, (TAPS - 1) * 3 * H * W)
+        b_x1 = within(b_x1, p_tail, o_tail, position, m_x, 1, TAPS, 3 * H * W)
+        b_x2 = within(b_x2, p_tail, o_tail, position, m_x, 2, TAPS, 3 * H * W)
+        b_x3 = within(b_x3, p_tail, o_tail, position, m_x, 3, TAPS, 3 * H * W)
+    b_c = convolved(b_x, b_x1, b_x2, b_x3, b_w, b_w1, b_w2, b_w3, TAPS)
+    b_y = b_c
+    if SILU:
+        b_s = tl.sigmoid(b_c)
+        b_y = b_c * b_s
+    own = i_t < end
+    if RMS or L2:
+        # o = z r l with z = y weight. Without the part along o, do -> l (do - o <do, o>); without the mean along y, the same for r.
+        b_z = b_y
+        if RMS:
+            b_z = b_y * b_norm
+        b_r, b_l = norm_factors(b_y, b_z, rms_eps, l2_eps, W, RMS, L2)
+        b_dot = tl.sum(b_dy * b_z, 1)[:, None] * (b_r * b_l)  # <do, o>
+        b_dz = b_dy
+        if L2:
+            b_dz = b_l * (b_dy - b_z * (b_r * b_l * b_dot))
+            # <dz, z r>: <do, o> less its part along o, which leaves l2_eps's share of it, here without the cancellation
+            b_dot *= l2_eps * b_l * b_l
+        b_dy = b_dz
+        if RMS:
+            b_dnorm += tl.where(own, b_dz * b_y * b_r, 0.0)
+            b_dy = b_r * (b_dz * b_norm - b_y * (b_r * b_dot / W))
+    b_dc = b_dy
+    if SILU:
+        b_dc = b_dy * (b_s + b_y * (1 - b_s))
+    b_own = tl.where(own, b_dc, 0.0)
+    b_dw += b_own * b_x
+    b_oldest = b_dc * b_w
+    if TAPS > 1:
+        b_dw1 += b_own * b_x1
+        b_now = b_oldest
+        b_dc1 = b_dc
+        if p_position is not None:
+            b_dc1 = tl.where(position >= 1, b_dc, 0.0)
+        b_oldest = b_dx1 + b_dc1 * b_w1
+        b_dx1 = b_now
+    if TAPS > 2:
+        b_dw2 += b_own * b_x2
+        b_now = b_oldest
+        b_dc2 = b_dc
+        if p_position is not None:
+            b_dc2 = tl.where(position >= 2, b_dc, 0.0)
+        b_oldest = b_dx2 + b_dc2 * b_w2
+        b_dx2 = b_now
+    if TAPS > 3:
+        b_dw3 += b_own * b_x3
+        b_now = b_oldest
+        b_dc3 = b_dc
+        if p_position is not None:
+            b_dc3 = tl.where(position >= 3, b_dc, 0.0)
+        b_oldest = b_dx3 + b_dc3 * b_w3
+        b_dx3 = b_now
+    i_done = i_t - (TAPS - 1)
+    m_done = below(below(m_x, first - 1, i_done), i_done, end)
+    tl.store(p_dx + tl.cast(i_done, tl.int64) * s_dx_t, b_oldest.to(p_dx.dtype.element_ty), mask=m_done)
+    return b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm
+
+
+@triton.jit
+def _walk(
+    i_b,
+    first,
+    end,
+    T,
+    p_x,
+    p_taps,
+    p_norm,
+    p_do,
+    p_dx,
+    p_tail,
+    p_sequence,
+    p_position,
+    p_tap_sums,
+    p_norm_sums,
+    o_c,
+    m_x,
+    s_t,
+    s_do_t,
+    s_dx_t,
+    rms_eps,
+    l2_eps,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    TAPS: tl.constexpr,
+    SILU: tl.constexpr,
+    RMS: tl.constexpr,
+    L2: tl.constexpr,
+):
+    C: tl.constexpr = 3 * H * W
+    BW: tl.constexpr = m_x.shape[1]
+    b_w, b_w1, b_w2, b_w3 = load_taps(p_taps, o_c, m_x, TAPS)
+    b_norm = b_w
+    if RMS:
+        o_w = tl.arange(0, BW)
+        b_norm = tl.load(p_norm + o_w, mask=o_w < W, other=0.0).to(tl.float32)[None, :]
+    position, o_tail = token_place(i_b, first, T, p_tail, p_sequence, p_position, (TAPS - 1) * C)
+    b_x1 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 1, TAPS, C)
+    b_x2 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 2, TAPS, C)
+    b_x3 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 3, TAPS, C)
+    b_zero = tl.zeros(m_x.shape, dtype=tl.float32)
+    b_dx1, b_dx2, b_dx3 = b_zero, b_zero, b_zero
+    b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = b_zero, b_zero, b_zero, b_zero, b_zero
+    # TAPS - 1 tokens past the span add to the gradients of its last inputs.
+    for i_t in tl.range(first, end + (TAPS - 1), 4):
+        b_a = load_token(p_x, s_t, i_t, T, m_x)
+        b_b = load_token(p_x, s_t, i_t + 1, T, m_x)
+        b_c = load_token(p_x, s_t, i_t + 2, T, m_x)
+        b_d = load_token(p_x, s_t, i_t + 3, T, m_x)
+        b_da = load_token(p_do, s_do_t, i_t, T, m_x)
+        b_db = load_token(p_do, s_do_t, i_t + 1, T, m_x)
+        b_dc = load_token(p_do, s_do_t, i_t + 2, T, m_x)
+        b_dd = load_token(p_do, s_do_t, i_t + 3, T, m_x)
+        b_a, b_b, b_c, b_d = b_a.to(tl.float32), b_b.to(tl.float32), b_c.to(tl.float32), b_d.to(tl.float32)
+        b_da, b_db, b_dc, b_dd = b_da.to(tl.float32), b_db.to(tl.float32), b_dc.to(tl.float32), b_dd.to(tl.float32)
+        # fmt: off
+        b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
+            i_b, i_t, b_a, b_x1, b_x2, b_x3, b_da, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
+            b_norm, p_dx, s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2)
+        b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
+            i_b, i_t + 1, b_b, b_a, b_x1, b_x2, b_db, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
+            b_norm, p_dx, s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2)
+        b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
+            i_b, i_t + 2, b_c, b_b, b_a, b_x1, b_dc, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
+            b_norm, p_dx, s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2)
+        b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
+            i_b, i_t + 3, b_d, b_c, b_b, b_a, b_dd, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
+            b_norm, p_dx, s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2)
+        # fmt: on
+        b_x1, b_x2, b_x3 = b_d, b_c, b_b
+    tl.store(p_tap_sums + (TAPS - 1) * C, b_dw, mask=m_x)
+    if TAPS > 1:
+        tl.store(p_tap_sums + (TAPS - 2) * C, b_dw1, mask=m_x)
+    if TAPS > 2:
+        tl.store(p_tap_sums + (TAPS - 3) * C, b_dw2, mask=m_x)
+    if TAPS > 3:
+        tl.store(p_tap_sums + (TAPS - 4) * C, b_dw3, mask=m_x)
+    if RMS:
+        tl.store(p_norm_sums + tl.arange(0, BW), tl.sum(b_dnorm, 0))
+
+
+@triton.jit(do_not_specialize=["T", "span", "spans", "rms_eps", "l2_eps"], do_not_specialize_on_alignment=["T", "span", "spans"])
+def memory_input_bwd_kernel(
+    p_dq,
+    p_dk,
+    p_dv,
+    p_x,
+    p_taps,
+    p_q_norm,
+    p_k_norm,
+    p_dx,
+    p_tail,
+    p_sequence,
+    p_position,
+    p_tap_sums,
+    p_norm_sums,
+    T,
+    span,
+    spans,
+    rms_eps,
+    l2_eps,
+    s_b,
+    s_t,
+    s_c,
+    s_dq_b,
+    s_dq_t,
+    s_dq_h,
+    s_dq_w,
+    s_dk_b,
+    s_dk_t,
+    s_dk_h,
+    s_dk_w,
+    s_dv_b,
+    s_dv_t,
+    s_dv_h,
+    s_dv_w,
+    s_dx_b,
+    s_dx_t,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    TAPS: tl.constexpr,
+    SILU: tl.constexpr,
+    L2: tl.constexpr,
+    BR: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """p_tap_sums fp32 [B * spans, TAPS, 3*H*W], p_norm_sums fp32 [B * spans * blocks of heads, 2, BW]: what each program adds."""
+    i_b, i_span, i_kind, i_block = program_place(spans, H, BR)
+    o_h, o_w = i_block * BR + tl.arange(0, BR), tl.arange(0, BW)
+    m_x = (o_h < H)[:, None] & (o_w < W)[None, :]
+    o_c = i_kind * (H * W) + o_h[:, None] * W + o_w[None, :]
+    p_x += i_b * s_b + tl.cast(o_c, tl.int64) * s_c
+    p_dx += i_b * s_dx_b + o_c
+    if p_tail is not None:
+        p_tail += o_c
+    first = i_span * span
+    end = tl.minimum(first + span, T)
+    i_part = i_b * spans + i_span
+    p_tap_sums += i_part * (TAPS * 3 * H * W) + o_c
+    if p_norm_sums is not None:
+        NB: tl.constexpr = (H + BR - 1) // BR
+        p_norm_sums += ((i_part * NB + i_block) * 2 + i_kind) * BW
+    o_h, o_w = tl.cast(o_h, tl.int64)[:, None], tl.cast(o_w, tl.int64)[None, :]
+    # fmt: off
+    if i_kind == 2:
+        p_do = p_dv + i_b * s_dv_b + o_h * s_dv_h + o_w * s_dv_w
+        _walk(i_b, first, end, T, p_x, p_taps, None, p_do, p_dx, p_tail, p_sequence, p_position, p_tap_sums, p_norm_sums, o_c, m_x,
+              s_t, s_dv_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, True, False, False)
+    else:
+        p_do, p_norm, s_do_t = p_dq + i_b * s_dq_b + o_h * s_dq_h + o_w * s_dq_w, p_q_norm, s_dq_t
+        if i_kind == 1:
+            p_do, s_do_t = p_dk + i_b * s_dk_b + o_h * s_dk_h + o_w * s_dk_w, s_dk_t
+            if p_k_norm is not None:
+                p_norm = p_k_norm
+        _walk(i_b, first, end, T, p_x, p_taps, p_norm, p_do, p_dx, p_tail, p_sequence, p_position, p_tap_sums, p_norm_sums, o_c, m_x,
+              s_t, s_do_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, SILU, p_q_norm is not None, L2)
+    # fmt: on

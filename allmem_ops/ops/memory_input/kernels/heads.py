@@ -1,0 +1,93 @@
+"""The projection's columns after q, k and v, forward and backward: rates, momentum and gate logits from their logits and biases."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["T"])
+def memory_input_heads_fwd_kernel(
+    p_x,
+    p_bias,
+    p_eta,
+    p_mu,
+    p_gate,
+    T,
+    s_b,
+    s_t,
+    s_c,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
+):
+    """A program: BT tokens by BE columns. Columns: 3*H of eta, H of mu, G of the gate."""
+    i_t, i_e, i_b = tl.program_id(0), tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
+    o_t, o_e = tl.cast(i_t * BT + tl.arange(0, BT), tl.int64)[:, None], (i_e * BE + tl.arange(0, BE))[None, :]
+    m_x = (o_t < T) & (o_e < 4 * H + G)
+    b_bias = tl.load(p_bias + o_e, mask=o_e < 4 * H + G, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x + i_b * s_b + o_t * s_t + o_e * s_c, mask=m_x, other=0.0).to(tl.float32) + b_bias
+    o_row = i_b * T + o_t
+    b_soft = tl.maximum(b_x, 0.0) + tl.log(1 + tl.exp(-tl.abs(b_x)))
+    tl.store(p_eta + o_row * (3 * H) + o_e, b_soft, mask=m_x & (o_e < 3 * H))
+    tl.store(p_mu + o_row * H + (o_e - 3 * H), tl.sigmoid(b_x), mask=m_x & (o_e >= 3 * H) & (o_e < 4 * H))
+    if G > 0:
+        tl.store(p_gate + o_row * G + (o_e - 4 * H), b_x.to(p_gate.dtype.element_ty), mask=m_x & (o_e >= 4 * H))
+
+
+@triton.jit(do_not_specialize=["T", "blocks"], do_not_specialize_on_alignment=["T", "blocks"])
+def memory_input_heads_bwd_kernel(
+    p_deta,
+    p_dmu,
+    p_dgate,
+    p_x,
+    p_bias,
+    p_dx,
+    p_bias_sums,
+    T,
+    blocks,
+    s_b,
+    s_t,
+    s_c,
+    s_deta_b,
+    s_deta_t,
+    s_deta_h,
+    s_deta_i,
+    s_dmu_b,
+    s_dmu_t,
+    s_dmu_h,
+    s_dgate_b,
+    s_dgate_t,
+    s_dgate_c,
+    s_dx_b,
+    s_dx_t,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
+):
+    """A program: every num_programs-th of the `blocks` blocks of BT tokens, BE columns. p_bias_sums fp32 [programs, 4*H + G]."""
+    i_e = tl.program_id(1)
+    o_e = (i_e * BE + tl.arange(0, BE))[None, :]
+    m_e = o_e < 4 * H + G
+    b_bias = tl.load(p_bias + o_e, mask=m_e, other=0.0).to(tl.float32)
+    o_c = tl.cast(o_e, tl.int64)
+    is_eta, is_mu = m_e & (o_e < 3 * H), m_e & (o_e >= 3 * H) & (o_e < 4 * H)
+    b_sum = tl.zeros([BT, BE], dtype=tl.float32)
+    NT = tl.cdiv(T, BT)
+    for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        i_b = tl.cast(i // NT, tl.int64)
+        o_t = tl.cast(i % NT * BT + tl.arange(0, BT), tl.int64)[:, None]
+        m_t = o_t < T
+        b_x = tl.load(p_x + i_b * s_b + o_t * s_t + o_c * s_c, mask=m_t & m_e, other=0.0).to(tl.float32) + b_bias
+        p_row = p_deta + i_b * s_deta_b + o_t * s_deta_t
+        b_deta = tl.load(p_row + o_c // 3 * s_deta_h + o_c % 3 * s_deta_i, mask=m_t & is_eta, other=0.0)
+        b_dmu = tl.load(p_dmu + i_b * s_dmu_b + o_t * s_dmu_t + (o_c - 3 * H) * s_dmu_h, mask=m_t & is_mu, other=0.0)
+        b_s = tl.sigmoid(b_x)
+        b_dx = b_deta * b_s + b_dmu * (b_s * (1 - b_s))
+        if G > 0:
+            p_row = p_dgate + i_b * s_dgate_b + o_t * s_dgate_t
+            b_dx += tl.load(p_row + (o_c - 4 * H) * s_dgate_c, mask=m_t & m_e & (o_e >= 4 * H), other=0.0).to(tl.float32)
+        b_sum += b_dx
+        tl.store(p_dx + i_b * s_dx_b + o_t * s_dx_t + o_c, b_dx.to(p_dx.dtype.element_ty), mask=m_t & m_e)
+    o_out = tl.program_id(0) * (4 * H + G) + i_e * BE + tl.arange(0, BE)
+    tl.store(p_bias_sums + o_out, tl.sum(b_sum, 0), mask=i_e * BE + tl.arange(0, BE) < 4 * H + G)
