@@ -321,7 +321,7 @@ def clip_step(
 # ---- a kernel for each part of a step
 
 
-@triton.jit(do_not_specialize=["T", "chunk_size", "i_step", "H", "steps"])
+@triton.jit(do_not_specialize=["T", "chunk_size", "i_step", "H", "steps", "se_b"])
 def ttt_mlp_bwd_slab_kernel(
     k, v, eta, cu_seqlens, count, first, dx, dread, x, gate_up, d_gate_up, down, slabs_gate_up, slabs_down, rows_hidden, rows_down,
     T, chunk_size, i_step, H, steps,

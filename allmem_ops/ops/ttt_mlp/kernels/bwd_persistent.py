@@ -11,7 +11,7 @@ from allmem_ops.ops.ttt_mlp.kernels.common import chunk_span, first_slot, sequen
 from allmem_ops.ops.ttt_mlp.kernels.persistent import barrier
 
 
-@triton.jit(do_not_specialize=["X", "T", "chunk_size", "H", "steps"])
+@triton.jit(do_not_specialize=["X", "T", "chunk_size", "H", "steps", "se_b"])
 def ttt_mlp_bwd_chain_kernel(
     k, v, eta, cu_seqlens, count, first, dx, dm, dn, dread, x, m, size, n, m_gate, m_up, m_down, mu_mean, g_size,
     gate_up, down, d_gate_up, mu_parts, clip_parts, slabs_gate_up, slabs_down, rows_hidden, rows_down, counters,

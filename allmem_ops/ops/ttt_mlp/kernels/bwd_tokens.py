@@ -7,7 +7,7 @@ from allmem_ops.ops.ttt_mlp.kernels.common import chunk_span, sequence_span, slo
 from allmem_ops.ops.ttt_mlp.kernels.pairs import load_operand, pair, part, silu, token_mask
 
 
-@triton.jit(do_not_specialize=["T", "chunk_size", "H", "steps", "tiles"])
+@triton.jit(do_not_specialize=["T", "chunk_size", "H", "steps", "tiles", "se_b"])
 def ttt_mlp_bwd_tokens_kernel(
     k, v, eta, dk, dv, deta, dmu, cu_seqlens, count, slots, gate_up, d_gate_up, down, mu_parts, T, chunk_size, H, steps, tiles,
     sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e, sg_b, sg_t, sg_h,
