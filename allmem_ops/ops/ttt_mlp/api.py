@@ -19,8 +19,8 @@ from allmem_ops._validation import (
 from allmem_ops.ops.precision import accumulator_dtype, ieee_float32
 from allmem_ops.ops.ttt_mlp.layout import side_by_side
 from allmem_ops.ops.ttt_mlp.reference import Carry, Options, row_norms, ttt_mlp_reference
-from allmem_ops.ops.ttt_mlp.registration import ttt_mlp_chunk, ttt_mlp_step_chunk, ttt_mlp_triton
-from allmem_ops.ops.ttt_mlp.slots import Outputs, covers
+from allmem_ops.ops.ttt_mlp.registration import run_triton, ttt_mlp_chunk, ttt_mlp_step_chunk, ttt_mlp_step_triton
+from allmem_ops.ops.ttt_mlp.slots import covers
 from allmem_ops.ops.ttt_mlp.state import MemoryState, check_options, check_weights
 from allmem_ops.ops.ttt_mlp.step import MAX_STEP_TOKENS, step_reference
 from allmem_ops.ops.ttt_mlp.tail import empty_tail, fold_
@@ -187,8 +187,9 @@ def ttt_mlp_step(
         mu: [B, T, H], as `eta`.
         state: a `MemoryState` of B rows.
         active: None, or bool [B]: a row that is not active keeps its state bit for bit and its output is 0.
-        impl: "reference" (token by token), "chunk" (one masked segment for each chunk that the tokens may touch) or
-            "auto": "chunk".
+        impl: "reference" (token by token), "chunk" (one masked segment for each chunk that the tokens may touch), "triton" (two
+            kernels; d and h as for `ttt_mlp`, a contiguous state, whose newest tokens may wait in its tail) or "auto": "triton"
+            on CUDA for what the kernels take, else "chunk".
 
     Returns:
         o [B, T, H, d] in q's dtype.
@@ -216,7 +217,7 @@ def ttt_mlp_step(
         check_shape("active", active, "B", known)
         check_dtype("active", active, torch.bool)
         check_device("active", active, q.device)
-    impl = resolve_impl("ttt_mlp_step", impl, q)
+    impl = _resolve("ttt_mlp_step", impl, q, state.w_gate.shape[2])
     carry = state.carry()
     options = Options(state.chunk_size, state.norm, state.residual, state.grad_clip, state.eps)
     with torch.no_grad():
@@ -225,7 +226,8 @@ def ttt_mlp_step(
                 fold_(carry, state.held_back(), active, options)
                 return step_reference(q, k, v, eta, mu, carry, state.position, active, options)
         changed = [*carry.w, *carry.m, *carry.g, carry.mu_sum, carry.count, state.position, *state.held_back()]
-        return ttt_mlp_step_chunk(q, k, v, eta, mu, changed, list(carry.n), active, *options)
+        run = ttt_mlp_step_triton if impl == "triton" else ttt_mlp_step_chunk
+        return run(q, k, v, eta, mu, changed, list(carry.n), active, *options)
 
 
 def _resolve(op: str, impl: str, q: Tensor, h: int) -> str:
@@ -320,8 +322,7 @@ def _triton(
     if state is not None:
         learnt = state.w_gate, state.w_up, state.w_down, state.m_gate, state.m_up, state.m_down
         held = [*learnt, state.g_gate, state.g_up, state.g_down, state.mu_sum, state.count]
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, eta, mu, *weights, *held[:6]))
-    out = Outputs(*ttt_mlp_triton(q, k, v, eta, mu, *weights, *held, cu_seqlens, *options, output_final_state, save))
+    out = run_triton(q, k, v, eta, mu, weights, held, cu_seqlens, options, output_final_state)
     if not output_final_state:
         return out.o, None
     norms = out.n.split([h, h, d], -1)

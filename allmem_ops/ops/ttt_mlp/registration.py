@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from allmem_ops.ops.eager import direct
 from allmem_ops.ops.precision import ieee_float32
 from allmem_ops.ops.ttt_mlp.chain import Memory, Saved, Tokens, backward, forward
 from allmem_ops.ops.ttt_mlp.chunk import Problem
@@ -254,6 +255,33 @@ def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
+@torch.library.custom_op("allmem_ops::ttt_mlp_step_triton", mutates_args=("state",))
+def ttt_mlp_step_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    state: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    active: Tensor | None,
+    chunk_size: int,
+    norm: str,
+    residual: bool,
+    grad_clip: float | None,
+    eps: float,
+) -> Tensor:
+    """As `ttt_mlp_step_chunk`; the tail holds the newest tokens afterwards."""
+    from allmem_ops.ops.ttt_mlp.launch_step import ttt_mlp_step
+
+    return ttt_mlp_step(q, k, v, eta, mu, state, norms, active, Options(chunk_size, norm, residual, grad_clip, eps))
+
+
+@ttt_mlp_step_triton.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
 def forward_flops(read: int, written: int, heads: int, d: int, h: int) -> int:
     """Forward: 6*d*h a token and head that is read, 12*d*h more if it is written (A, B, P and three gradients)."""
     return (6 * read + 12 * written) * heads * d * h
@@ -301,7 +329,7 @@ def _flops_bwd(_do: Tensor, _dw: Tensor | None, _dm: Tensor | None, q: Tensor, *
     return backward_flops(*_work(q, norms, count, cu_seqlens, chunk_size))
 
 
-@register_flop_formula(torch.ops.allmem_ops.ttt_mlp_step_chunk, get_raw=True)
+@register_flop_formula([torch.ops.allmem_ops.ttt_mlp_step_chunk, torch.ops.allmem_ops.ttt_mlp_step_triton], get_raw=True)
 def _flops_step(
     q: Tensor, _k: Tensor, _v: Tensor, _eta: Tensor, _mu: Tensor, _state: Any, norms: Sequence[Tensor], *_: Any, **__: Any
 ) -> int:
@@ -354,13 +382,19 @@ def ttt_mlp_triton(
         matrices = state_w_gate, state_w_up, state_w_down, state_m_gate, state_m_up, state_m_down, state_g_gate, state_g_up, state_g_down
         state = State(*matrices, mu_sum, count)
     options = Options(chunk_size, norm, residual, grad_clip, eps)
-    return tuple(ttt_mlp_triton_forward(q, k, v, eta, mu, (w_gate, w_up, w_down), state, cu_seqlens, options, keep, save))
+    return _without_none(ttt_mlp_triton_forward(q, k, v, eta, mu, (w_gate, w_up, w_down), state, cu_seqlens, options, keep, save))
+
+
+def _without_none(out: Outputs) -> tuple[Tensor, ...]:
+    """An operator returns tensors alone: one without elements for each result that is not there."""
+    tables = {"first": torch.int32, "slots": torch.int32}
+    return tuple(out.n.new_empty(0, dtype=tables.get(name)) if x is None else x for name, x in out._asdict().items())
 
 
 @ttt_mlp_triton.register_fake
 def _(q: Tensor, _k: Tensor, _v: Tensor, _eta: Tensor, _mu: Tensor, w_gate: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     count, cu_seqlens, chunk_size, _, _, grad_clip, _, keep, save = rest[-9:]
-    return tuple(outputs(q, w_gate, spans(q, cu_seqlens, chunk_size, count is not None, keep), grad_clip is not None, save))
+    return _without_none(outputs(q, w_gate, spans(q, cu_seqlens, chunk_size, count is not None, keep), grad_clip is not None, save))
 
 
 @torch.library.custom_op("allmem_ops::ttt_mlp_triton_bwd", mutates_args=())
@@ -442,3 +476,51 @@ def _triton_backward(ctx: Any, do: Tensor | None, *ends: Tensor | None) -> tuple
 
 
 ttt_mlp_triton.register_autograd(_triton_backward, setup_context=_setup_triton)
+
+
+class _Direct(torch.autograd.Function):
+    """`ttt_mlp_triton` without the dispatcher. Returns o and, with `keep`, the final state and N."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        from allmem_ops.ops.ttt_mlp.launch import ttt_mlp_triton_forward
+
+        state = None if inputs[18] is None else State(*inputs[8:19])
+        cu_seqlens, options, keep = inputs[19:]
+        out = ttt_mlp_triton_forward(*inputs[:5], inputs[5:8], state, cu_seqlens, options, keep, True)
+        ctx.set_materialize_grads(False)
+        if keep:
+            ctx.mark_non_differentiable(*out[7:12])
+        ctx.save_for_backward(*inputs[:8], *inputs[11:14], inputs[18], cu_seqlens, *out[11:])
+        ctx.options = options, keep
+        return out[:12]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor | None, *ends: Tensor | None) -> tuple[Tensor | None, ...]:
+        from allmem_ops.ops.ttt_mlp.launch_bwd import ttt_mlp_triton_backward
+
+        saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+        q, *state_m, count, cu_seqlens = saved[0], *saved[8:13]
+        do = torch.zeros_like(q) if do is None else do
+        state = None if count is None else State(None, None, None, *state_m, None, None, None, None, count)
+        options, keep = ctx.options
+        kept = Outputs(*[None] * 11, *(saved[13].new_empty(0) if x is None else x for x in saved[13:]))
+        found = ttt_mlp_triton_backward(do, ends[:6], *saved[:5], saved[5:8], state, cu_seqlens, kept, options, keep)
+        return (*found[:8], *(found.state or [None] * 6), *[None] * 8)
+
+
+def run_triton(
+    q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor | None],
+    cu_seqlens: Tensor | None, options: Options, keep: bool,
+) -> Outputs:  # fmt: skip
+    """The kernels' o and, with `keep`, final state and N, differentiable. state: as in `State`, or eleven None."""
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, eta, mu, *weights, *state[:6]))
+    if not direct(q, k, v, eta, mu, *weights):
+        return Outputs(*ttt_mlp_triton(q, k, v, eta, mu, *weights, *state, cu_seqlens, *options, keep, save))
+    if save:
+        return Outputs(*_Direct.apply(q, k, v, eta, mu, *weights, *state, cu_seqlens, options, keep), *[None] * 7)
+    from allmem_ops.ops.ttt_mlp.launch import ttt_mlp_triton_forward
+
+    held = None if state[-1] is None else State(*state)
+    return ttt_mlp_triton_forward(q, k, v, eta, mu, weights, held, cu_seqlens, options, keep, False)

@@ -19,9 +19,9 @@ stored as their transposes: [d, h]). A spare slot holds zeros.
 |---|---|---|
 | `x` | [S, H, 3, d, h] | X_j, see below, before chunk j; gate, up, down |
 | `size` | [S, H, 2h + d] | row norms of X_j: of each hidden unit's gate row, up row, then of each channel's down row; no eps |
-| `m` | [S, H, 3, d, h] | M_j before chunk j, with float32 q only; else [0]: recovered, see below |
+| `m` | [S, H, 3, d, h] | M_j before chunk j, with float32 q only; otherwise it is recovered, see below |
 | `mu_mean` | [S, H] | mu_j of chunk j, only where it is written |
-| `g_size` | [S, H, 3] | |G_j| of the three matrices where chunk j is written; [0] without a clip |
+| `g_size` | [S, H, 3] | |G_j| of the three matrices where chunk j is written; with a clip only |
 | `n` | [H, 2h + d] | N: row norms of the weight arguments, in `size`'s order |
 
 With N / (|X| + eps) by row written as scale(X) (eps = 0: a zero row has scale 0):
@@ -37,7 +37,7 @@ so X_j is W_{j-1} of the README for pre_write and none, U_{j-1} for post_write, 
 M_j = X_j - point_{j-1} for j > 0 (in fp32 at |M| / |W| = 4e-4 good to 7e-5, far below the error of half precision).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,54 +91,59 @@ class State(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the forward returns: o, the final state [N, H, ...] (without `keep`: no rows), N, and what it saves (without `save`: [0]).
+    """What the forward returns: o, the final state [N, H, ...] (with `keep`), N, what it saves (with `save`); None for what is not there.
 
-    The backward gets N and what follows.
+    The backward reads `n` and what follows it.
     """
 
     o: Tensor
-    w_gate: Tensor
-    w_up: Tensor
-    w_down: Tensor
-    m_gate: Tensor
-    m_up: Tensor
-    m_down: Tensor
-    g_gate: Tensor
-    g_up: Tensor
-    g_down: Tensor
-    mu_sum: Tensor
+    w_gate: Tensor | None
+    w_up: Tensor | None
+    w_down: Tensor | None
+    m_gate: Tensor | None
+    m_up: Tensor | None
+    m_down: Tensor | None
+    g_gate: Tensor | None
+    g_up: Tensor | None
+    g_down: Tensor | None
+    mu_sum: Tensor | None
     n: Tensor
-    x: Tensor
-    size: Tensor
-    m: Tensor
-    mu_mean: Tensor
-    g_size: Tensor
-    first: Tensor
-    slots: Tensor
+    x: Tensor | None
+    size: Tensor | None
+    m: Tensor | None
+    mu_mean: Tensor | None
+    g_size: Tensor | None
+    first: Tensor | None
+    slots: Tensor | None
 
 
 def outputs(q: Tensor, w_gate: Tensor, spans: Spans, clipped: bool, save: bool) -> Outputs:
     """The results, not yet filled."""
     heads, h, d = w_gate.shape
-    rows = spans.sequences if spans.keep else 0
-    gate, down = (rows, heads, h, d), (rows, heads, d, h)
-    S = spans.slots if save else 0
-    # Where the slots are an upper bound, the spare ones are zeros: two calls return equal tensors.
-    new = w_gate.new_zeros if spans.packed or spans.carried else w_gate.new_empty
-    tables = save and spans.packed
-    return Outputs(
-        q.new_empty(q.shape),
-        *(w_gate.new_empty(shape) for shape in (gate, gate, down) * 3),
-        w_gate.new_empty(rows, heads),
-        w_gate.new_empty(heads, 2 * h + d),
-        new(S, heads, 3, d, h),
-        new(S, heads, 2 * h + d),
-        new(S if q.dtype == torch.float32 else 0, heads, 3, d, h),
-        new(S, heads),
-        new(S if clipped else 0, heads, 3),
-        w_gate.new_empty(spans.sequences if tables else 0, dtype=torch.int32),
-        w_gate.new_empty(spans.slots if tables else 0, 2, dtype=torch.int32),
-    )
+    empty = w_gate.new_empty
+    end, saved = [None] * 10, [None] * 7
+    if spans.keep:
+        gate, down = (spans.sequences, heads, h, d), (spans.sequences, heads, d, h)
+        end = [*(empty(shape) for shape in (gate, gate, down) * 3), empty(spans.sequences, heads)]
+    if save:
+        # Where the slots are an upper bound, the spare ones are zeros: two calls return equal tensors.
+        new = w_gate.new_zeros if spans.packed or spans.carried else empty
+        saved = slot_tensors(new, spans, heads, d, h, clipped, q.dtype == torch.float32)
+    return Outputs(q.new_empty(q.shape), *end, empty(heads, 2 * h + d), *saved)
+
+
+def slot_tensors(
+    new: Callable[..., Tensor], spans: Spans, heads: int, d: int, h: int, clipped: bool, momentum: bool
+) -> tuple[Tensor | None, ...]:
+    """`x` to `slots` of `Outputs`."""
+    S = spans.slots
+    x, size, mu_mean = new(S, heads, 3, d, h), new(S, heads, 2 * h + d), new(S, heads)
+    m = new(S, heads, 3, d, h) if momentum else None
+    g_size = new(S, heads, 3) if clipped else None
+    first = slots = None
+    if spans.packed:
+        first, slots = new(spans.sequences, dtype=torch.int32), new(S, 2, dtype=torch.int32)
+    return x, size, m, mu_mean, g_size, first, slots
 
 
 def covers(d: int, h: int) -> bool:

@@ -38,8 +38,8 @@ def barrier(counter, target):
 def ttt_mlp_fwd_chain_kernel(
     k, v, eta, mu, cu_seqlens, count, first,
     w_gate, w_up, w_down, s_gate, s_up, s_down, m_gate, m_up, m_down, g_gate, g_up, g_down, mu_held,
-    x, x_read, m, m_slots, size, n, mu_mean, g_size, e_gate, e_up, e_down, f_gate, f_up, f_down, h_gate, h_up, h_down, e_mu,
-    counters, rows, n_rows, slabs, mu_sums, squares,
+    x, x_read, m_slots, size, n, mu_mean, g_size, e_gate, e_up, e_down, f_gate, f_up, f_down, h_gate, h_up, h_down, e_mu,
+    counters, scratch,
     X, T, chunk_size, H, steps, eps, grad_clip,
     sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e, sm_b, sm_t, sm_h,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, BT: tl.constexpr,
@@ -52,6 +52,14 @@ def ttt_mlp_fwd_chain_kernel(
     dtype = k.dtype.element_ty
     i_g, i_p = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     i_s, i_k = i_p // SP, i_p % SP
+    # one buffer: slabs, M, sums of squares of rows (two by turns, then those of N) and of G (two by turns), sums of mu
+    j_x = tl.cast(X, tl.int64)
+    slabs = scratch
+    m = slabs + j_x * ((SP if SP > 1 else 0) * 3 * D * HID)
+    rows = m + j_x * (3 * D * HID)
+    n_rows = rows + j_x * (2 * PARTS * D)
+    squares = n_rows + j_x * (PARTS * D)
+    mu_sums = squares + j_x * (2 * PARTS * 3)
     # a line of the cache for each group's counter
     counter = counters + i_g * 32
     target = 0
