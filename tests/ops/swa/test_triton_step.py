@@ -51,7 +51,7 @@ def token(cache, HQ, far=True):
 
 
 def double(cache):
-    wide = {name: t if name == "positions" else t.double() for name, t in cache.tensors().items()}
+    wide = {name: t.clone() if name == "positions" else t.double() for name, t in cache.tensors().items()}
     return WindowCache(**wide, **cache.options())
 
 

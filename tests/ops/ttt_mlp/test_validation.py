@@ -103,7 +103,6 @@ STEP = {
     "active of ints": (X, {"active": torch.ones(2)}, "`active` must have dtype bool"),
     "active too long": (X, {"active": torch.ones(3, dtype=torch.bool)}, r"`active` must have shape \[B\] with B=2"),
     "no state": (X, {"state": None}, "`state` must be a MemoryState"),
-    "no kernel": (X, {"impl": "triton"}, "no Triton kernel exists yet"),
 }
 
 

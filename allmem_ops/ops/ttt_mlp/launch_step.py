@@ -1,0 +1,88 @@
+"""Launch of the decode kernels: two for one token, two for more."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from allmem_ops._validation import fail, short
+from allmem_ops.ops.kernels.configs import Config, Table, candidates
+from allmem_ops.ops.kernels.device import gpu_class, sm_count
+from allmem_ops.ops.ttt_mlp.kernels.common import NONE, POST_WRITE, PRE_WRITE
+from allmem_ops.ops.ttt_mlp.kernels.step import (
+    ttt_mlp_step_count_kernel,
+    ttt_mlp_step_fold_kernel,
+    ttt_mlp_step_segments_kernel,
+    ttt_mlp_step_token_kernel,
+)
+from allmem_ops.ops.ttt_mlp.reference import Options
+
+_NORM = {"none": NONE.value, "pre_write": PRE_WRITE.value, "post_write": POST_WRITE.value}
+_NAMES = [f"{kind}_{matrix}" for kind in "wmg" for matrix in ("gate", "up", "down")]
+_NAMES += ["mu_sum", "count", "position", "tail_k", "tail_v", "tail_eta", "tail", "n_gate", "n_up", "n_down"]
+
+# (padded d, dtype of q): HS hidden units and BT tokens at a time when the tail is folded. These kernels spill easily: every
+# entry compiles for sm_90 with at most 8 bytes of it, and the products of fp32 operands (also float16's with a rate) need the
+# small tiles for that.
+_FOLD: Table = {
+    ("sm80", (padded, dtype)): [Config({"HS": 16, "BT": 16}, 8, 1)] for padded in (16, 32, 64, 128) for dtype in ("float16", "float32")
+}
+_SEGMENTS: Table = dict(_FOLD)
+for _padded_d in (16, 32, 64):
+    _FOLD["sm80", (_padded_d, "bfloat16")] = [Config({"HS": 16, "BT": 64}, 8, 1)]
+    _SEGMENTS["sm80", (_padded_d, "bfloat16")] = [Config({"HS": 16, "BT": 32}, 4, 1)]
+_FOLD["sm80", (128, "bfloat16")] = _SEGMENTS["sm80", (128, "bfloat16")] = [Config({"HS": 32, "BT": 16}, 8, 1)]
+
+
+def _padded(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def ttt_mlp_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    state: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    active: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """o; `state` (see the operator) is changed in place."""
+    for name, x in zip(_NAMES, (*state, *norms), strict=True):
+        if not x.is_contiguous():
+            fail(f"state.{name}", "must be contiguous", f"strides {list(x.stride())}")
+    N, T, H, d = q.shape
+    h = norms[0].shape[-1]
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if N * H == 0:
+        return o
+    *matrices, mu_sum, count, position, tail_k, tail_v, tail_eta, tail = state
+    tails = tail_k, tail_v, tail_eta
+    seen = torch.empty(N, 2, dtype=torch.int32, device=q.device)
+    chunk_size, norm, residual, grad_clip, eps = options
+    stride_a = 0 if active is None else active.stride(0)
+    BD = _padded(d)
+    sizes = {"D": d, "HID": h, "BD": BD}
+    config = candidates(_FOLD if T == 1 else _SEGMENTS, gpu_class(q.device), (BD, short(q.dtype)))[0]
+    fold = sizes | {"NORM": _NORM[norm], "PREC": "ieee"} | config.options()
+    if T == 1:
+        pdl = gpu_class(q.device) != "sm80"
+        launch = {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
+        strides = [s for x in (q, k, v, eta, mu) for s in (x.stride(0), *x.stride()[2:])]
+        ttt_mlp_step_token_kernel[N * H,](
+            q, k, v, eta, mu, *matrices[:3], mu_sum, *tails, count, tail, active, seen, o, H, *strides, stride_a,
+            **sizes, HS=min(_padded(h), 8192 // BD), RESIDUAL=residual, num_warps=8, **launch,
+        )  # fmt: skip
+        ttt_mlp_step_fold_kernel[min(N * H, sm_count(q.device)),](
+            *matrices, *norms, mu_sum, *tails, count, position, tail, seen, N, H, chunk_size, grad_clip, eps, **fold, **launch
+        )
+    else:
+        strides = [s for x in (q, k, v, eta, mu) for s in x.stride()]
+        ttt_mlp_step_segments_kernel[N * H,](
+            q, k, v, eta, mu, *matrices, *norms, mu_sum, *tails, count, tail, active, seen, o, H, T, chunk_size, grad_clip, eps,
+            *strides, stride_a, **fold, RESIDUAL=residual,
+        )  # fmt: skip
+        ttt_mlp_step_count_kernel[-(-N // 128),](count, position, tail, seen, N, T, chunk_size)
+    return o
