@@ -7,9 +7,7 @@
     tokens  dK, dV, deta, dmu from dD                                            parallel
     ends    dW_0 with its part in N, summed over the sequences                   parallel
 
-Bytes while it runs, beside inputs, saved tensors and gradients, S slots, H heads, X = N H, b bytes an operand (2 for bfloat16, else
-4), P = ceil(h / BH) SP programs for a (sequence, head) in the chain: S H (12 d h + 6 d h b + 4 P) + 4 X P (3 d BH + 2 (BH + d)) +
-4 X (6 d h + 2 h + d). The reads' operands go before the chain begins.
+Nothing of size [T, h]: `workspace_bytes`.
 """
 
 from collections.abc import Sequence
@@ -42,6 +40,17 @@ class Gradients(NamedTuple):
     w_up: Tensor
     w_down: Tensor
     state: tuple[Tensor, ...] | None  # of the state's w_gate, w_up, w_down, m_gate, m_up, m_down
+
+
+def workspace_bytes(rows: int, slots: int, heads: int, d: int, h: int, operand: int, BH: int, SP: int = 8) -> int:
+    """What the backward takes at most beside inputs, saved tensors and gradients; `operand`: 2 bytes for bfloat16, else 4.
+
+    A slot and head: dread (fp32), the write point's gate and up, dD, the write point's down: 24 d h with bfloat16 (the reads' operands
+    are gone by then). Beside it what SP programs for each BH hidden units of `rows` (sequence, head) exchange, dX, dM and dN.
+    """
+    parts = -(-h // BH) * SP
+    of_slots = slots * heads * (12 * d * h + 6 * operand * d * h + 4 * parts)
+    return of_slots + 4 * rows * (parts * (3 * d * BH + 2 * BH + 2 * d + 3) + 6 * d * h + 2 * h + d + 32)
 
 
 def splits(slices: int, room: int) -> int:
