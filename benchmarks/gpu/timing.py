@@ -12,7 +12,7 @@ Call = Callable[[], object]
 FLUSH_BYTES = 256 * 2**20
 
 
-def interleaved_ms(calls: Mapping[str, Call], *, rounds: int = 20, seconds: float = 1.5) -> dict[str, list[float]]:
+def interleaved_ms(calls: Mapping[str, Call], *, rounds: int = 30, seconds: float = 0.8) -> dict[str, list[float]]:
     """Milliseconds of each call, measured by events around it; every round times each contestant once, in turn.
 
     At least 5 rounds, at most `rounds`, and none is begun after `seconds`.
