@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from allmem_ops.ops.inplace import in_place_op, mark_changed
 from allmem_ops.ops.precision import accumulator_dtype
 from allmem_ops.ops.swa.chunk import swa_chunk_backward, swa_chunk_forward, swa_step_attend
 from allmem_ops.ops.swa.geometry import visible_pairs
@@ -126,7 +127,7 @@ def _(q: Tensor, *_: Any) -> Tensor:
 MAX_HEAD_DIM = 256
 
 
-@torch.library.custom_op("allmem_ops::swa_step_triton", mutates_args=("sink_k", "sink_v", "ring_k", "ring_v", "positions"))
+@in_place_op("allmem_ops::swa_step_triton", mutates_args=("sink_k", "sink_v", "ring_k", "ring_v", "positions"))
 def swa_step_triton(
     q: Tensor,
     k: Tensor,
@@ -143,10 +144,11 @@ def swa_step_triton(
     """Attends with the token and puts it into the buffers, in the rows that `active` names."""
     from allmem_ops.ops.swa.launch_step import swa_step
 
+    mark_changed((sink_k, sink_v, ring_k, ring_v, positions))
     return swa_step(q, k, v, q_sinks, active, sink_k, sink_v, ring_k, ring_v, positions, scale)
 
 
-@swa_step_triton.register_fake
+@torch.library.register_fake("allmem_ops::swa_step_triton")
 def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from allmem_ops.ops.eager import direct
+from allmem_ops.ops.inplace import in_place_op, mark_changed
 from allmem_ops.ops.precision import ieee_float32
 from allmem_ops.ops.ttt_mlp.chain import Memory, Saved, Tokens, backward, forward
 from allmem_ops.ops.ttt_mlp.chunk import Problem
@@ -255,7 +256,7 @@ def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@torch.library.custom_op("allmem_ops::ttt_mlp_step_triton", mutates_args=("state",))
+@in_place_op("allmem_ops::ttt_mlp_step_triton", mutates_args=("state",))
 def ttt_mlp_step_triton(
     q: Tensor,
     k: Tensor,
@@ -274,10 +275,11 @@ def ttt_mlp_step_triton(
     """As `ttt_mlp_step_chunk`; the tail holds the newest tokens afterwards."""
     from allmem_ops.ops.ttt_mlp.launch_step import ttt_mlp_step
 
+    mark_changed(state)
     return ttt_mlp_step(q, k, v, eta, mu, state, norms, active, Options(chunk_size, norm, residual, grad_clip, eps))
 
 
-@ttt_mlp_step_triton.register_fake
+@torch.library.register_fake("allmem_ops::ttt_mlp_step_triton")
 def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 

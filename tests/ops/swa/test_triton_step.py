@@ -246,10 +246,11 @@ def test_compiles_whole_and_does_not_recompile_as_positions_grow():
 
 def test_no_autograd_and_constant_bytes():
     cache = cache_at((9,), 6, 2)
-    nbytes = cache.nbytes
+    nbytes, version = cache.nbytes, cache.ring_k._version
     x = {name: t.requires_grad_() for name, t in token(cache, 4).items()}
     assert not swa_step(**x, cache=cache, impl="triton").requires_grad
     assert cache.nbytes == nbytes and not any(t.requires_grad for t in cache.tensors().values())
+    assert cache.ring_k._version > version  # a backward that saved it must notice
 
 
 def test_what_the_kernels_do_not_take_is_one_clear_error():

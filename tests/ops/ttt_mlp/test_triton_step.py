@@ -159,6 +159,16 @@ def test_one_pass_and_the_other_paths_go_on_from_a_tail_and_back():
         torch.testing.assert_close(t, values(whole.state)[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_a_backward_through_a_state_that_has_moved_on_is_refused():
+    x = case(1, 3)
+    state = state_of(x, 5, [1])
+    state.w_up.requires_grad_()
+    product = (state.w_up * state.w_gate).sum()
+    ttt_mlp_step(*tokens_at(x, 0, 1), state, impl="triton")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 def test_strided_inputs_are_read_in_place():
     for length in (1, 4):
         x = case(2, length, 2)
