@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -62,7 +63,7 @@ def compile_for(
     aligned: tuple[str, ...] | None = None,
     **options: Any,
 ) -> Compiled:
-    """Compile `kernel` (of `triton.jit`) for GPU class `gpu`.
+    """Compile `kernel` (of `triton.jit` or `gluon.jit`) for GPU class `gpu`.
 
     Args:
         gpu: "sm80", "sm90" or "sm100".
@@ -84,7 +85,7 @@ def compile_for(
         aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
     attributes = {position[name]: [["tt.divisibility", 16]] for name in aligned}
     values = {position[name]: value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(fn=kernel, signature=types, constexprs=values, attrs=attributes)
     found = triton.compile(
         source, target=GPUTarget("cuda", CAPABILITY[gpu], 32), options={"num_warps": num_warps, "num_stages": num_stages, **options}
     )

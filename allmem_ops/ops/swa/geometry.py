@@ -93,3 +93,40 @@ def key_tiles(j0: int, j1: int, start: int, Tk: int, window: int, sinks: int, si
     far = min(max(j0 + window - start, 0) // size, far_end)
     far_full = max(min((max(j1 - 1 + window - start, 0) + size - 1) // size, far_end), far) if j1 <= sinks else far_end
     return diag, full, right, end, far, far_full, far_end
+
+
+# Tiles below a query block, for kernels that stack them from the diagonal down: the diagonal tile is `[i0, i0 + rows)`, as wide as
+# the block, and band tiles of `size` keys lie below it, edge to edge with it instead of at multiples of `size`. At window 512, 64 rows
+# and 128 keys that is 576 keys, of which 512 are visible to a row; at multiples of 128, 640.
+
+
+def stacked_tiles(i0: int, rows: int, window: int, sinks: int, size: int) -> tuple[int, int, int, int, int, int, int]:
+    """The tiles of `size` keys before the diagonal one that queries `[i0, i0 + rows)` touch, and the order to visit them in.
+
+    Returns:
+        (band, sink_end, sink_full, any_end, masked, full, count): `band` tiles of the window lie below `i0`, the first
+        `i0 - band * size` (which may be negative; there is at least one, so that every block has a tile to start with); sinks
+        before it are keys `[0, sink_end)`, whole tiles `[0, sink_full)` of them without a mask. `stacked_start` gives the first key
+        of visit n: `[0, any_end)` tiles with a mask for window and sinks, `[any_end, masked)` tiles that the window alone cuts,
+        `[masked, count)` tiles without a mask, of which `[full, count)` are of the band.
+    """
+    band = max((i0 - max(i0 - window + 1, 0) + size - 1) // size, 1)
+    open_band = max(i0 - max(i0 + rows - window, 0), 0) // size
+    sink_end = max(min(sinks, i0 - band * size), 0)
+    sink_full = sink_end // size
+    edge = (sink_end - sink_full * size + size - 1) // size
+    masked = edge + band - open_band
+    any_end = min(edge + max(band - max(i0 - sinks, 0) // size, 0), masked)
+    return band, sink_end, sink_full, any_end, masked, masked + sink_full, masked + sink_full + open_band
+
+
+def stacked_start(n: int, i0: int, band: int, sink_end: int, sink_full: int, masked: int, full: int, size: int) -> int:
+    """The first key of visit n: the sink tile with a mask, band tiles with one, sink tiles without, band tiles without, upwards."""
+    edge = (sink_end - sink_full * size + size - 1) // size
+    below = band + edge - n  # band tiles from this one to the diagonal
+    first = i0 - size * (below + (sink_full if n >= full else 0))
+    if n < edge:
+        first = sink_full * size
+    if n >= masked and n < full:
+        first = (n - masked) * size
+    return first

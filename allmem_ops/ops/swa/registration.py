@@ -29,7 +29,10 @@ def swa_triton(
     q: Tensor, k: Tensor, v: Tensor, q_sinks: Tensor | None, cu_seqlens: Tensor | None, window: int, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     from allmem_ops.ops.swa.launch import swa_triton_forward
+    from allmem_ops.ops.swa.launch_hopper import serves, swa_hopper_forward
 
+    if serves(q, k, v, q_sinks):
+        return swa_hopper_forward(q, k, v, cu_seqlens, window, sinks, scale)
     return swa_triton_forward(q, k, v, q_sinks, cu_seqlens, window, sinks, scale)
 
 
