@@ -19,7 +19,7 @@ from torch import Tensor
 from allmem_ops._config import settings
 from allmem_ops._validation import short
 from allmem_ops.ops.kernels.configs import Config, candidates
-from allmem_ops.ops.kernels.device import gpu_class, sm_count
+from allmem_ops.ops.kernels.device import gpu_class, interpreted, sm_count
 from allmem_ops.ops.ttt_mlp import configs_bwd
 from allmem_ops.ops.ttt_mlp.kernels import bwd_chain, bwd_ends, bwd_persistent, bwd_read, bwd_tokens
 from allmem_ops.ops.ttt_mlp.launch import NORM, power_of_two
@@ -171,7 +171,7 @@ def ttt_mlp_triton_backward(
     SAVE_M, CLIP = saved.m is not None and saved.m.numel() > 0, grad_clip is not None
     chain = shape | kind | {"BH": BH, "SP": SP, "NORM": NORM[norm], "KEEP": keep}
     of_tokens = {"BT": constants["BT"], **dots, "num_warps": found.num_warps, "num_stages": found.num_stages}
-    if persistent if persistent is not None else q.is_cuda and parts <= room:
+    if persistent if persistent is not None else not interpreted(q.device) and parts <= room:
         groups = min(rows, room // parts)
         counters = torch.zeros(groups * 32, dtype=torch.int32, device=q.device)
         bwd_persistent.ttt_mlp_bwd_chain_kernel[(groups * parts,)](
