@@ -1,0 +1,109 @@
+"""Errors against float64: the kernels beside the same computation in plain PyTorch at that precision.
+
+    python -m benchmarks.gpu.accuracy --results DIR        # on a GPU; writes DIR/accuracy.json and prints Markdown tables
+
+An error is |x - exact| / |exact|, Frobenius norms over the whole tensor; `exact` is the chunk path in float64, whose distance to the
+reference is below 1e-13 (tests/ops). For the memory the output is compared without the residual.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from allmem_ops import swa, ttt_mlp
+from allmem_ops._validation import short
+from allmem_ops.testing import relative_error
+from benchmarks.measure import environment
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _compare(
+    run: Callable[[str, list[Tensor]], Tensor], inputs: list[Tensor], dtypes: list[torch.dtype], names: str
+) -> dict[str, list[float]]:
+    """(kernel's error, PyTorch's error) of the output and of each gradient. `dtypes`: of each input at the precision under test."""
+    found = {}
+    for impl, of in (("exact", [torch.float64] * len(inputs)), ("triton", dtypes), ("chunk", dtypes)):
+        # every path starts from the same rounded numbers
+        leaves = [x.to(low).to(dtype).requires_grad_() for x, low, dtype in zip(inputs, dtypes, of, strict=True)]
+        o = run("chunk" if impl == "exact" else impl, leaves)
+        up = torch.randn(o.shape, generator=torch.Generator(o.device).manual_seed(1), device=o.device).to(dtypes[0]).to(o.dtype)
+        found[impl] = [o, *torch.autograd.grad(o, leaves, up)]
+    exact = found["exact"]
+    return {
+        name: [relative_error(found[impl][i], exact[i]) for impl in ("triton", "chunk")] for i, name in enumerate(("o", *names.split()))
+    }
+
+
+def swa_errors(dtype: torch.dtype, T: int = 2048, HQ: int = 4, HK: int = 2, sinks: int = 16) -> list[dict]:
+    rows = []
+    for D in (64, 80, 96, 128, 256):
+        for window in (64, 512, 4096):
+            torch.manual_seed(0)
+            inputs = [torch.randn(1, T, h, D, device="cuda") for h in (HQ, HK, HK)]
+            errors = _compare(lambda impl, x, w=window: swa(*x, window=w, sinks=sinks, impl=impl), inputs, [dtype] * 3, "dq dk dv")
+            rows.append({"op": "swa", "dtype": short(dtype), "D": D, "window": window, "sinks": sinks, "T": T, "errors": errors})
+    return rows
+
+
+def ttt_mlp_errors(dtype: torch.dtype, chunk_size: int = 64, H: int = 2, d: int = 64, h: int = 128) -> list[dict]:
+    def run(impl: str, x: list[Tensor]) -> Tensor:
+        return ttt_mlp(*x, chunk_size=chunk_size, residual=False, impl=impl).o
+
+    rows = []
+    for chunks in (1, 8, 64, 128):
+        for eta in (1e-3, 1e-1):
+            torch.manual_seed(0)
+            T = chunks * chunk_size + 7
+            q, k, v = (torch.randn(1, T, H, d, device="cuda") for _ in range(3))
+            q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+            weights = [torch.randn(H, *s, device="cuda") * s[1] ** -0.5 for s in ((h, d), (h, d), (d, h))]
+            rates = [torch.rand(1, T, H, 3, device="cuda") * 2 * eta, torch.rand(1, T, H, device="cuda")]
+            dtypes = [dtype] * 3 + [torch.float32] * 5
+            errors = _compare(run, [q, k, v, *weights, *rates], dtypes, "dq dk dv dw_gate dw_up dw_down deta dmu")
+            rows.append(
+                {
+                    "op": "ttt_mlp",
+                    "dtype": short(dtype),
+                    "d": d,
+                    "h": h,
+                    "chunks": chunks,
+                    "chunk_size": chunk_size,
+                    "eta": eta,
+                    "errors": errors,
+                }
+            )
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    """One line a row: the settings, then kernel / PyTorch for each tensor."""
+    settings = [key for key in rows[0] if key not in ("op", "errors")]
+    names = list(rows[0]["errors"])
+    lines = ["| " + " | ".join([*settings, *names]) + " |", "|" + "---|" * (len(settings) + len(names))]
+    for row in rows:
+        cells = [f"{ours:.1e} / {theirs:.1e}" for ours, theirs in row["errors"].values()]
+        lines.append("| " + " | ".join([*(str(row[key]) for key in settings), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="a part of the table gets a file of its own")
+    options = parser.parse_args()
+    options.results.mkdir(parents=True, exist_ok=True)
+    dtypes = [getattr(torch, name) for name in options.dtypes]
+    tables = {"swa": [r for d in dtypes for r in swa_errors(d)], "ttt_mlp": [r for d in dtypes for r in ttt_mlp_errors(d)]}
+    part = "" if len(dtypes) == len(DTYPES) else "_" + "_".join(options.dtypes)
+    (options.results / f"accuracy{part}.json").write_text(json.dumps({"environment": environment("cuda"), **tables}, indent=1))
+    for rows in tables.values():
+        print(markdown(rows), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
