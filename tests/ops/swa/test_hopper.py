@@ -1,6 +1,6 @@
-"""The Hopper form of the forward: its tiles and its compilation on the CPU, values on a GPU of compute capability 9.
+"""The Hopper form of the forward: its tiles, its compilation and its values on the CPU, values on a GPU of compute capability 9.
 
-Gluon does not run in the interpreter: without such a GPU nothing here computes an attention.
+Gluon does not run in Triton's interpreter; on the CPU the kernel's source runs with the stand-ins of `allmem_ops.testing.gluon_cpu`.
 """
 
 import os
@@ -13,9 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from allmem_ops import swa
+from allmem_ops.ops.swa import launch_hopper
 from allmem_ops.ops.swa.geometry import stacked_start, stacked_tiles
-from allmem_ops.ops.swa.launch_hopper import TABLE, serves
+from allmem_ops.ops.swa.launch_hopper import TABLE, serves, swa_hopper_forward
 from allmem_ops.testing import assert_within_budget
+from allmem_ops.testing.gluon_cpu import gluon_on_cpu
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9")
@@ -107,53 +109,128 @@ def test_serves_nothing_off_a_hopper_gpu():
     assert not serves(q, q, q, None)
 
 
-def make(Tq, Tk, HQ, HK, D, dtype, B=1):
+def make(Tq, Tk, HQ, HK, D, dtype, B=1, device="cuda"):
     shapes = {"q": (B, Tq, HQ, D), "k": (B, Tk, HK, D), "v": (B, Tk, HK, D)}
-    return {name: torch.randn(shape, device="cuda").to(dtype) for name, shape in shapes.items()}
+    return {name: torch.randn(shape, device=device).to(dtype) for name, shape in shapes.items()}
 
 
 def plain(x, window, sinks):
     """(o, lse) of the formula in plain PyTorch at the inputs' precision."""
     q, k, v = (x[name].transpose(1, 2) for name in ("q", "k", "v"))
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    i, j = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device="cuda")[:, None], torch.arange(k.shape[2], device="cuda")
+    i, j = torch.arange(k.shape[2] - q.shape[2], k.shape[2])[:, None].to(q.device), torch.arange(k.shape[2], device=q.device)
     score = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill((j > i) | ((i - j >= window) & (j >= sinks)), float("-inf"))
     return (score.softmax(-1) @ v).transpose(1, 2), score.float().logsumexp(-1).transpose(1, 2)
 
 
-def check(x, window, sinks):
-    assert serves(x["q"], x["k"], x["v"], None)
-    options = {"window": window, "sinks": sinks, "return_lse": True}
-    got = swa(**x, **options, impl="triton")
-    exact = swa(**{name: t.double() for name, t in x.items()}, **options, impl="reference")
+def judge(got, x, window, sinks):
+    exact = swa(**{name: t.double() for name, t in x.items()}, window=window, sinks=sinks, return_lse=True, impl="reference")
     for name, *values in zip(("o", "lse"), got, plain(x, window, sinks), exact, strict=True):
         assert_within_budget(name, *values)
+
+
+def check(x, window, sinks):
+    assert serves(x["q"], x["k"], x["v"], None)
+    got = swa(**x, window=window, sinks=sinks, return_lse=True, impl="triton")
+    judge(got, x, window, sinks)
     return got
 
 
-@hopper
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+MODULE = "allmem_ops.ops.swa.kernels.hopper_fwd"
+
+
+def on_cpu(x, window, sinks, cu_seqlens=None, programs=1, **options):
+    """(o, lse) of the launch code and the kernel's source, with `programs` programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch_hopper, "swa_fwd_hopper_kernel", gluon_on_cpu(MODULE, **options).swa_fwd_hopper_kernel)
+        patch.setattr(launch_hopper, "gpu_class", lambda _: "sm90")
+        patch.setattr(launch_hopper, "sm_count", lambda _: programs)
+        return swa_hopper_forward(**x, cu_seqlens=cu_seqlens, window=window, sinks=sinks, scale=x["q"].shape[3] ** -0.5)
+
+
+@pytest.mark.parametrize("late", [True, False])
 @pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)], ids=str)
+def test_source_within_the_budget(heads, D, late):
+    for Tq, Tk, window, sinks in ((64, 64, 64, 0), (300, 300, 100, 4), (200, 420, 130, 150), (1, 200, 300, 5)):
+        x = make(Tq, Tk, *heads, D, torch.float16, device="cpu")
+        judge(on_cpu(x, window, sinks, programs=2, late=late), x, window, sinks)
+
+
+@settings(max_examples=15)
+@given(
+    st.integers(1, 400), st.integers(0, 300), st.integers(1, 500), st.integers(0, 300), st.sampled_from([(2, 1), (1, 1), (4, 1)]),
+    st.integers(1, 3), st.integers(0, 99),
+)  # fmt: skip
+@example(256, 0, 256, 128, (2, 1), 1, 0)
+@example(129, 1, 1, 300, (1, 1), 2, 1)
+def test_source_at_any_size(Tq, before, window, sinks, heads, programs, seed):
+    x = make(Tq, Tq + before, *heads, 64, torch.float16, device="cpu")
+    judge(on_cpu(x, window, sinks, programs=programs, seed=seed), x, window, sinks)
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (3, 1)], ids=str)
+def test_source_packed_equals_separate(heads):
+    lengths = [0, 1, 63, 64, 65, 200, 0, 3, 140]
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    x = make(sum(lengths), sum(lengths), *heads, 64, torch.float16, device="cpu")
+    for window, sinks in ((100, 0), (40, 5)):
+        packed = on_cpu(x, window, sinks, cu, programs=2)
+        for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False):
+            if a < b:
+                judge([t[:, a:b] for t in packed], {name: t[:, a:b] for name, t in x.items()}, window, sinks)
+
+
+PRODUCT = "b_o, b_h, b_p = warpgroup_mma_wait(0, deps=(b_o, b_h, b_p))"
+FREE_VALUES = "mbarrier.arrive(v_free.index((n + STAGES - 1) % STAGES), count=1)"
+FAULTS = {
+    "values released before the product": (f"{PRODUCT}\n    {FREE_VALUES}", f"{FREE_VALUES}\n    {PRODUCT}"),
+    "scores without waiting for the keys": ("mbarrier.wait(k_full.index(i_s), (n // STAGES) & 1)", "pass"),
+    "a phase off by one": ("phase = ((n // STAGES) & 1) ^ 1", "phase = (n // STAGES) & 1"),
+    "queries released before the output has left": ("tma.store_wait(0)\n        mbarrier.arrive(q_free", "mbarrier.arrive(q_free"),
+    "no turn passed": ("mbarrier.arrive(turns.index(1 - W), count=1)", "pass"),
+    "output not scaled": ("b_o = b_o * gl.convert_layout(b_c, gl.SliceLayout(1, P_LAYOUT.parent), assert_trivial=True)[:, None]", "pass"),
+    "no mask at the window": ('MASK == "band"', 'MASK == "never"'),
+    "sinks forgotten": ("(near | (o_j < sinks)[None, :])", "near"),
+}  # fmt: skip
+
+
+def some_orders(edit):
+    x = make(340, 340, 2, 1, 128, torch.float16, device="cpu")
+    for seed in range(6):
+        judge(on_cpu(x, 200, 9, seed=seed, edit=edit), x, 200, 9)
+
+
+def test_source_in_some_orders_of_its_partitions():
+    some_orders(str)
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_source_faults_are_found(fault):
+    def edit(source):
+        assert source.count(fault[0]) == 1
+        return source.replace(*fault)
+
+    with pytest.raises(AssertionError):
+        some_orders(edit)
+
+
+@hopper
+@pytest.mark.parametrize(
+    "heads, D, dtype", [((4, 2), 128, torch.bfloat16), ((8, 1), 64, torch.bfloat16), ((3, 1), 64, torch.float16)], ids=str
+)
 def test_within_the_budget(heads, D, dtype):
-    for Tq, Tk, window, sinks in (
-        (64, 64, 64, 0),
-        (300, 300, 100, 4),
-        (777, 1300, 130, 150),
-        (500, 500, 1, 4),
-        (700, 700, 10**12, 7),
-        (1, 900, 300, 5),
-    ):
+    for Tq, Tk, window, sinks in ((64, 64, 64, 0), (300, 300, 100, 4), (777, 1300, 130, 150), (500, 500, 1, 4), (1, 900, 300, 5)):
         check(make(Tq, Tk, *heads, D, dtype, B=2), window, sinks)
     check(make(1500, 1500, *heads, D, dtype), 512, 128)
+    check(make(700, 700, *heads, D, dtype), 10**12, 7)
 
 
 @hopper
-@pytest.mark.parametrize("heads", [(4, 2), (3, 1)], ids=str)
-def test_packed_equals_separate(heads):
+def test_packed_equals_separate():
     lengths = [0, 1, 63, 64, 65, 200, 0, 513, 3, 128, 700]
     cu = torch.tensor([0, *lengths], device="cuda").cumsum(0)
-    x = make(sum(lengths), sum(lengths), *heads, 128, torch.bfloat16)
+    x = make(sum(lengths), sum(lengths), 4, 2, 128, torch.bfloat16)
     for window, sinks in ((100, 0), (64, 5), (300, 200)):
         packed = swa(**x, window=window, sinks=sinks, cu_seqlens=cu, return_lse=True, impl="triton")
         for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False):

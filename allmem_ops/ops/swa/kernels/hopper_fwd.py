@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from allmem_ops.ops.kernels.gluon import tma_load, tma_store, view
 from allmem_ops.ops.swa import geometry
 
 stacked_tiles = gluon.jit(geometry.stacked_tiles)
@@ -23,30 +24,6 @@ ROWS = gl.constexpr(64)
 # The running maximum before the first visible key: finite, so that no difference is inf - inf in a row without a visible key yet.
 _LOWEST = gl.constexpr(-1e30)
 _LN2 = gl.constexpr(0.6931471805599453)
-# Names that changed after Triton 3.6.
-_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-
-@gluon.jit
-def _box(slot, x, COUNT: gl.constexpr, D: gl.constexpr):
-    """A slot's first COUNT rows as the tile [1, COUNT, 1, D] of descriptor `x`."""
-    if _REINTERPRET:
-        tile = slot.reinterpret(slot.dtype, [1, COUNT, 1, D], x.layout)
-    else:
-        tile = slot._reinterpret(slot.dtype, [1, COUNT, 1, D], x.layout)
-    return tile
-
-
-@gluon.jit
-def _rows(slot, COUNT: gl.constexpr, D: gl.constexpr):
-    """A slot's first COUNT rows, laid out as a slot of their own."""
-    if _REINTERPRET:
-        tile = slot.reinterpret(slot.dtype, [COUNT, D], slot.layout)
-    else:
-        tile = slot._reinterpret(slot.dtype, [COUNT, D], slot.layout)
-    return tile
 
 
 @gluon.jit
@@ -95,7 +72,7 @@ def _item(i_w, work, HEADS: gl.constexpr, PACKED: gl.constexpr):
 
 @gluon.jit
 def _fetch(x, i_b, row, i_h, full, slot, COUNT: gl.constexpr, D: gl.constexpr):
-    _tma_load(x, [i_b, row, i_h, 0], full, _box(slot, x, COUNT, D))
+    tma_load(x, [i_b, row, i_h, 0], full, view(slot, x.dtype, [1, COUNT, 1, D], x.layout))
 
 
 @gluon.jit
@@ -232,7 +209,7 @@ def _issue(
         # V has been here since the softmax of tile n - 1. The wait is a block boundary: without it ptxas scales the output before it
         # issues the scores (a window of 4096: 1.91 ms against 1.75). It costs registers.
         mbarrier.wait(v_full.index(i_p), ((n - 1) // STAGES) & 1)
-    b_o = b_o * gl.convert_layout(b_c, gl.SliceLayout(1, b_o.type.layout), assert_trivial=True)[:, None]
+    b_o = b_o * gl.convert_layout(b_c, gl.SliceLayout(1, P_LAYOUT.parent), assert_trivial=True)[:, None]
     # [ROWS, BN] @ [BN, D] -> [ROWS, D]
     b_o = warpgroup_mma(b_h, s_v.index(i_p), b_o, is_async=True)
     _pass_turn(turns, W, PING)
@@ -380,7 +357,7 @@ def _consumer(
             n += 1
 
         # The diagonal tile, SPAN wide, and its product.
-        s_diagonal = _rows(s_k.index(n % STAGES), SPAN, D)
+        s_diagonal = view(s_k.index(n % STAGES), dtype, [SPAN, D], s_k.layout)
         b_s, b_o, b_h = _issue(b_q, s_diagonal, keys, values, turns, n, b_p, b_c, b_o, SPAN, D_LAYOUT, P_LAYOUT, STAGES, W, PING, SPLIT)
         # The minimum is 0, which the compiler does not know: it must not compute this mask once and keep it in registers for ever.
         o_i = SHIFT + gl.minimum(i_w, 0) + gl.arange(0, ROWS, gl.SliceLayout(1, D_LAYOUT))
@@ -394,7 +371,7 @@ def _consumer(
         b_h = gl.convert_layout(b_d.to(dtype), P_LAYOUT, assert_trivial=True)
         b_o = b_o * gl.convert_layout(b_c, ROW_LAYOUT, assert_trivial=True)[:, None]
         # [ROWS, SPAN] @ [SPAN, D] -> [ROWS, D]
-        b_o = warpgroup_mma(b_h, _rows(s_v.index(n % STAGES), SPAN, D), b_o, is_async=True)
+        b_o = warpgroup_mma(b_h, view(s_v.index(n % STAGES), dtype, [SPAN, D], s_v.layout), b_o, is_async=True)
         b_lse = b_m * (scale_log2 * _LN2) + gl.log(b_l)
         b_r = gl.convert_layout(1.0 / b_l, ROW_LAYOUT, assert_trivial=True)
         b_o, b_h = warpgroup_mma_wait(0, deps=(b_o, b_h))
@@ -415,7 +392,7 @@ def _consumer(
         else:
             b_q.store(b_h)
             fence_async_shared()
-            _tma_store(o, [i_b, begin + row + SHIFT, i_hq, 0], _box(b_q, o, ROWS, D))
+            tma_store(o, [i_b, begin + row + SHIFT, i_hq, 0], view(b_q, dtype, [1, ROWS, 1, D], o.layout))
     tma.store_wait(0)
 
 
