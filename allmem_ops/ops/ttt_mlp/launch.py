@@ -25,6 +25,8 @@ WAVES = 2
 NORM = {"none": NONE.value, "pre_write": PRE_WRITE.value, "post_write": POST_WRITE.value}
 # Decided when triton is imported, for good.
 INTERPRET = settings().interpret
+# Values of mu that are added at once.
+BM = 64 if INTERPRET else 1024
 NO_STATE = ((None,) * 3, (None,) * 3, (None,) * 3, None, None)
 
 
@@ -51,7 +53,7 @@ def recipe(device: torch.device, d: int, h: int, dtype: torch.dtype) -> Recipe:
     arithmetic = {"PREC": "ieee", "FAST": dtype == torch.bfloat16 and not INTERPRET}
     chain_options, read_options = (candidates(table, gpu, shape)[0].options() for table in (CHAIN, READ))
     HS = chain_options.pop("HS")
-    resident = h <= 2 * read_options["BH"] and dtype != torch.float32
+    resident = h <= 2 * read_options["BH"] and BD * h <= 64 * 128 and dtype != torch.float32
     of_read = {"D": d, "HID": h, "BD": BD, "RESIDENT": resident, **read_options, **arithmetic}
     return Recipe(sm_count(device), BD, HS, -(-h // HS), chain_options | arithmetic, of_read)
 
@@ -137,16 +139,16 @@ def write(
     clipped, empty = grad_clip is not None, out.n.new_empty
     if not INTERPRET and parts <= sms:
         groups = min(X, sms // parts)
-        scratch = empty(X * (((SP if SP > 1 else 0) + 1) * 3 * d * h + parts * (3 * d + 6) + SP))
+        scratch = empty(X * (((SP if SP > 1 else 0) + 1) * 3 * d * h + parts * (3 * d + 6)))
         persistent.ttt_mlp_fwd_chain_kernel[(groups * parts,)](
             k, v, eta, mu, *span, *weights, *state_w, *state_m, *state_g, mu_held,
             out.x, x_read, out.m, out.size, out.n, out.mu_mean, out.g_size, *out[1:11],
             torch.zeros(groups * 32, dtype=torch.int32, device=k.device), scratch, X, *sizes, eps, grad_clip, *strides,
             D=d, HID=h, BD=BD, HS=HS, SP=SP, NORM=NORM[norm], CLIP=clipped, STATE=spans.carried, PACKED=spans.packed, KEEP=spans.keep,
-            SAVE_M=out.m is not None, **kind, launch_cooperative_grid=True,
+            SAVE_M=out.m is not None, BM=BM, **kind, launch_cooperative_grid=True,
         )  # fmt: skip
         return
-    m, slabs, mu_sums = empty(X, 3, d, h), empty(X, SP, 3, d, h), empty(X, SP)
+    m, slabs = empty(X, 3, d, h), empty(X, SP, 3, d, h)
     sums, n_sums, squares = empty(2, X, parts, d), empty(X, parts, d), empty(X, parts, 3)
     by_part = (X, parts)
     what = {"D": d, "HID": h, "BD": BD, "HS": HS, "SP": SP}
@@ -154,19 +156,19 @@ def write(
     case = {"STATE": spans.carried, "PACKED": spans.packed, "KEEP": spans.keep}
     saving = {"SAVE_M": out.m is not None}
     chain.ttt_mlp_fwd_init_kernel[by_part](
-        *weights, *state_w, *state_m, out.first, out.x, x_read, m, out.m, out.size, out.n, sums, n_sums, *sizes[2:], eps,
-        **normed, **saving, STATE=spans.carried, PACKED=spans.packed,
+        mu, *span, *weights, *state_w, *state_m, mu_held, out.x, x_read, m, out.m, out.size, out.n, out.mu_mean, out.mu_sum, sums, n_sums,
+        *sizes, eps, *mu.stride(), **normed, **case, **saving, BM=BM,
     )  # fmt: skip
     for i_c in range(spans.steps if spans.keep else spans.steps - 1):
         chain.ttt_mlp_fwd_write_kernel[X, slices, SP](
-            k, v, eta, mu, *span, *weights, out.x, out.size, sums[i_c % 2], n_sums, slabs, mu_sums, i_c, *sizes, eps, *strides,
+            k, v, eta, *span, *weights, out.x, out.size, sums[i_c % 2], n_sums, slabs, i_c, *sizes, eps, *strides[:12],
             **normed, **case, **kind,
         )  # fmt: skip
         if clipped:
             chain.ttt_mlp_fwd_clip_kernel[by_part](*span, *state_g, slabs, squares, i_c, *sizes, **what, **case)
         chain.ttt_mlp_fwd_commit_kernel[by_part](
-            *span, *weights, *state_g, mu_held, out.x, x_read, m, out.m, out.size, sums[i_c % 2], sums[1 - i_c % 2], n_sums, slabs,
-            mu_sums, squares, out.mu_mean, out.g_size, *out[7:11], i_c, *sizes, eps, grad_clip, **normed, **case, **saving, CLIP=clipped,
+            *span, *weights, *state_g, out.x, x_read, m, out.m, out.size, sums[i_c % 2], sums[1 - i_c % 2], n_sums, slabs,
+            squares, out.mu_mean, out.g_size, *out[7:10], i_c, *sizes, eps, grad_clip, **normed, **case, **saving, CLIP=clipped,
         )  # fmt: skip
     chain.ttt_mlp_fwd_finish_kernel[by_part](
         *span, *weights, out.x, m, out.size, out.n, sums, n_sums, *out[1:7], *sizes, eps, **normed, **case

@@ -480,6 +480,32 @@ def _triton_backward(ctx: Any, do: Tensor | None, *ends: Tensor | None) -> tuple
 ttt_mlp_triton.register_autograd(_triton_backward, setup_context=_setup_triton)
 
 
+def _kernel_work(
+    tokens: Tensor, w: Tensor, count: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int, keep: bool
+) -> tuple[int, ...]:
+    """As `_work`; without `keep` a full last chunk is not written, because nobody reads what it would write."""
+    batch, length, heads, d = tokens.shape
+    plans = batches(batch, length, count, cu_seqlens, chunk_size, 1, 1)
+    written = 0
+    for b in plans:
+        groups = b.groups if keep or b.rest.size else b.groups[:-1]
+        written += (b.rows.stop - b.rows.start) * sum(g.size for g in groups)
+    return batch * length, written, heads, d, w.shape[1]
+
+
+@register_flop_formula(torch.ops.allmem_ops.ttt_mlp_triton, get_raw=True)
+def _flops_triton(q: Tensor, *rest: Any, **_: Any) -> int:
+    count, cu_seqlens, chunk_size, *_, keep, _save = rest[17:]
+    read, written, *sizes = _kernel_work(q, rest[4], count, cu_seqlens, chunk_size, keep)
+    return forward_flops(read, read if keep else written, *sizes)
+
+
+@register_flop_formula(torch.ops.allmem_ops.ttt_mlp_triton_bwd, get_raw=True)
+def _flops_triton_bwd(_do: Tensor, *rest: Any, **_: Any) -> int:
+    count, cu_seqlens, chunk_size, keep = rest[17], rest[18], rest[27], rest[-1]
+    return backward_flops(*_kernel_work(rest[6], rest[11], count, cu_seqlens, chunk_size, keep))
+
+
 class _Direct(torch.autograd.Function):
     """`ttt_mlp_triton` without the dispatcher. Returns o and, with `keep`, the final state and N."""
 

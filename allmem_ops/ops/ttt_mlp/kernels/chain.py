@@ -16,8 +16,8 @@ from allmem_ops.ops.ttt_mlp.kernels.common import (
     POST_WRITE,
     chunk_span,
     column_size,
-    first_slot,
     load_public,
+    load_sizes,
     load_three,
     point,
     row_scale,
@@ -34,12 +34,11 @@ from allmem_ops.ops.ttt_mlp.kernels.common import (
 
 @triton.jit
 def descent(
-    p_k, p_v, p_eta, p_mu,
-    sk_t, sk_d, sv_t, sv_d, se_t, se_e, sm_t,
+    p_k, p_v, p_eta, sk_t, sk_d, sv_t, sv_d, se_t, se_e,
     b_gate, b_up, b_down, start, stop, i_k,
     D: tl.constexpr, BT: tl.constexpr, SP: tl.constexpr, PREC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """D [BD, HS] for gate, up and down at the weights `b_*` [BD, HS] in the operands' dtype, and the sum of mu.
+    """D [BD, HS] for gate, up and down at the weights `b_*` [BD, HS] in the operands' dtype.
 
     Of tokens [start, stop) those in tiles i_k, i_k + SP, ...; the pointers point at token 0.
     """
@@ -50,7 +49,6 @@ def descent(
     d_gate = tl.zeros([BD, HS], dtype=tl.float32)
     d_up = tl.zeros([BD, HS], dtype=tl.float32)
     d_down = tl.zeros([BD, HS], dtype=tl.float32)
-    b_mu = tl.zeros([BT], dtype=tl.float32)
     for i_t in tl.range(i_k, tl.cdiv(stop - start, BT), SP):
         t = start + i_t * BT
         o_t = tl.arange(0, BT)
@@ -63,7 +61,6 @@ def descent(
         e_gate = tl.load(p_e, mask=m_t, other=0.0)[:, None]
         e_up = tl.load(p_e + se_e, mask=m_t, other=0.0)[:, None]
         e_down = tl.load(p_e + 2 * se_e, mask=m_t, other=0.0)[:, None]
-        b_mu += tl.load(p_mu + t * sm_t + o_t * sm_t, mask=m_t, other=0.0)
         # [BT, BD] @ [BD, HS] -> [BT, HS]
         b_a = tl.dot(b_k, b_gate, input_precision=PREC)
         b_b = tl.dot(b_k, b_up, input_precision=PREC)
@@ -87,7 +84,7 @@ def descent(
             d_gate = tl.dot(b_kt, tl.cast(y_gate, dtype), d_gate, input_precision=PREC)
             d_up = tl.dot(b_kt, tl.cast(y_up, dtype), d_up, input_precision=PREC)
             d_down = tl.dot(tl.trans(b_v), tl.cast(y_down, dtype), d_down, input_precision=PREC)
-    return d_gate, d_up, d_down, tl.sum(b_mu, 0)
+    return d_gate, d_up, d_down
 
 
 @triton.jit
@@ -151,15 +148,29 @@ def clip(d_gate, d_up, d_down, squares, g_size, i_x, i_r, i_p, grad_clip, PARTS:
 
 
 @triton.jit
-def mu_total(mu_sums, mu_held, i_x, i_c, SP: tl.constexpr, STATE: tl.constexpr):
-    """Sum of mu over the open or full chunk `i_c`, the splits in order."""
-    at = mu_sums + tl.cast(i_x, tl.int64) * SP
-    b_mu = 0.0
-    if STATE:
-        b_mu += tl.load(mu_held + i_x, mask=i_c == 0, other=0.0)
-    for i_k in tl.static_range(SP):
-        b_mu += tl.load(at + i_k, cache_modifier=".cg")
-    return b_mu
+def chunk_mus(
+    p_mu, sm_t, mu_held, mu_mean, e_mu, i_x, i_r, i_p, written, length, held, chunk_size, H,
+    PARTS: tl.constexpr, BM: tl.constexpr, STATE: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """The mean of mu of chunks i_p, i_p + PARTS, ... of a sequence, and of the open chunk the sum; `i_r`: slot 0 and head.
+
+    All of them before the chain begins: inside it, their loads would be waited for in every chunk.
+    """
+    o_m = tl.arange(0, BM)
+    for i_c in tl.range(i_p, written + KEEP, PARTS):
+        start, stop = chunk_span(i_c, length, held, chunk_size)
+        b_mu = tl.zeros([BM], dtype=tl.float32)
+        for t in tl.range(start, stop, BM):
+            b_mu += tl.load(p_mu + tl.cast(t, tl.int64) * sm_t + o_m * sm_t, mask=o_m < stop - t, other=0.0)
+        total = tl.sum(b_mu, 0)
+        if STATE:
+            if i_c == 0:
+                total += tl.load(mu_held + i_x)
+        if i_c < written:
+            tl.store(mu_mean + i_r + i_c * H, total / chunk_size)
+        else:
+            if KEEP:
+                tl.store(e_mu + i_x, total)
 
 
 @triton.jit
@@ -188,14 +199,14 @@ def store_weights(
 # ---- a kernel for each part of a step
 
 
-@triton.jit(do_not_specialize=["T", "chunk_size", "H", "steps"])
+@triton.jit(do_not_specialize=["T", "chunk_size", "H", "steps", "sm_b"])
 def ttt_mlp_fwd_init_kernel(
-    w_gate, w_up, w_down, s_gate, s_up, s_down, m_gate, m_up, m_down,
-    first, x, x_read, m, m_slots, size, n, rows, n_rows, H, steps, eps,
-    D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, NORM: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, SAVE_M: tl.constexpr,
+    mu, cu_seqlens, count, first, w_gate, w_up, w_down, s_gate, s_up, s_down, m_gate, m_up, m_down, mu_held,
+    x, x_read, m, m_slots, size, n, mu_mean, e_mu, rows, n_rows, T, chunk_size, H, steps, eps, sm_b, sm_t, sm_h,
+    D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr, NORM: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
 ):  # fmt: skip
-    """Slot 0 of every sequence, the row norms N. Grid (N * H, PARTS)."""
+    """Slot 0 of every sequence, the row norms N, the means of mu. Grid (N * H, PARTS)."""
     HP: tl.constexpr = HS // SP
     PARTS: tl.constexpr = (HID + HS - 1) // HS * SP
     i_x, i_p = tl.program_id(0), tl.program_id(1)
@@ -209,7 +220,12 @@ def ttt_mlp_fwd_init_kernel(
     if i_x < H:
         tl.store(p_n, n_gate, mask=o_h < HID)
         tl.store(p_n + HID, n_up, mask=o_h < HID)
-    i_r = first_slot(first, i_x // H, steps, PACKED) * H + i_h
+    i_n = i_x // H
+    i_b, begin, length, held = sequence_span(cu_seqlens, count, i_n, T, chunk_size, PACKED, STATE)
+    slot, written = sequence_slots(first, i_n, steps, length, held, chunk_size, PACKED, KEEP)
+    i_r = slot * H + i_h
+    p_mu = mu + tl.cast(i_b, tl.int64) * sm_b + tl.cast(begin, tl.int64) * sm_t + tl.cast(i_h, tl.int64) * sm_h
+    chunk_mus(p_mu, sm_t, mu_held, mu_mean, e_mu, i_x, i_r, i_p, written, length, held, chunk_size, H, PARTS, BM, STATE, KEEP)
     z_gate = tl.zeros([BD, HP], dtype=tl.float32)
     z_up = z_gate
     z_down = z_gate
@@ -226,14 +242,14 @@ def ttt_mlp_fwd_init_kernel(
 
 @triton.jit(do_not_specialize=["i_c", "T", "chunk_size", "H", "steps"])
 def ttt_mlp_fwd_write_kernel(
-    k, v, eta, mu, cu_seqlens, count, first, w_gate, w_up, w_down, x, size, rows, n_rows, slabs, mu_sums,
+    k, v, eta, cu_seqlens, count, first, w_gate, w_up, w_down, x, size, rows, n_rows, slabs,
     i_c, T, chunk_size, H, steps, eps,
-    sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e, sm_b, sm_t, sm_h,
+    sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, BT: tl.constexpr,
     NORM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr,
     PREC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Slabs of chunk `i_c`'s D and sums of mu. Grid (N * H, slices, SP)."""
+    """Slabs of chunk `i_c`'s D. Grid (N * H, slices, SP)."""
     PARTS: tl.constexpr = (HID + HS - 1) // HS * SP
     i_x, i_s, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_n, i_h = i_x // H, i_x % H
@@ -250,19 +266,21 @@ def ttt_mlp_fwd_write_kernel(
         w = load_public(w_gate, w_up, w_down, i_h, o_d, o_h, mask, D, HID)
         size_down = row_sizes(rows, i_x, o_d, D, PARTS)
         n_down = row_sizes(n_rows, i_x, o_d, D, PARTS)
-        b_gate, b_up, b_down = point(b_gate, b_up, b_down, column_size(w[0]), column_size(w[1]), n_down, size_down, i_c, eps, NORM)
+        size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
+        b_gate, b_up, b_down = point(
+            b_gate, b_up, b_down, column_size(w[0]), column_size(w[1]), n_down, size_gate, size_up, size_down, i_c, eps, NORM
+        )  # fmt: skip
         if i_s + i_k == 0:
             tl.store(size + tl.cast(i_r, tl.int64) * (2 * HID + D) + 2 * HID + o_d, size_down, mask=o_d < D)
     i_b, begin, i_h = tl.cast(i_b, tl.int64), tl.cast(begin, tl.int64), tl.cast(i_h, tl.int64)
     dtype = k.dtype.element_ty
-    d_gate, d_up, d_down, b_mu = descent(
+    d_gate, d_up, d_down = descent(
         k + i_b * sk_b + begin * sk_t + i_h * sk_h, v + i_b * sv_b + begin * sv_t + i_h * sv_h,
-        eta + i_b * se_b + begin * se_t + i_h * se_h, mu + i_b * sm_b + begin * sm_t + i_h * sm_h,
-        sk_t, sk_d, sv_t, sv_d, se_t, se_e, sm_t, tl.cast(b_gate, dtype), tl.cast(b_up, dtype), tl.cast(b_down, dtype),
+        eta + i_b * se_b + begin * se_t + i_h * se_h, sk_t, sk_d, sv_t, sv_d, se_t, se_e,
+        tl.cast(b_gate, dtype), tl.cast(b_up, dtype), tl.cast(b_down, dtype),
         start, stop, i_k, D, BT, SP, PREC, FAST,
     )  # fmt: skip
     store_three(slabs, i_x * SP + i_k, o_d, o_h, mask, d_gate, d_up, d_down, D, HID)
-    tl.store(mu_sums + i_x * SP + i_k, b_mu, mask=i_s == 0)
 
 
 @triton.jit(do_not_specialize=["i_c", "T", "chunk_size", "H", "steps"])
@@ -288,8 +306,8 @@ def ttt_mlp_fwd_clip_kernel(
 
 @triton.jit(do_not_specialize=["i_c", "T", "chunk_size", "H", "steps"])
 def ttt_mlp_fwd_commit_kernel(
-    cu_seqlens, count, first, w_gate, w_up, w_down, g_gate, g_up, g_down, mu_held,
-    x, x_read, m, m_slots, size, rows_in, rows_out, n_rows, slabs, mu_sums, squares, mu_mean, g_size, e_gate, e_up, e_down, e_mu,
+    cu_seqlens, count, first, w_gate, w_up, w_down, g_gate, g_up, g_down,
+    x, x_read, m, m_slots, size, rows_in, rows_out, n_rows, slabs, squares, mu_mean, g_size, e_gate, e_up, e_down,
     i_c, T, chunk_size, H, steps, eps, grad_clip,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
@@ -307,17 +325,14 @@ def ttt_mlp_fwd_commit_kernel(
     mask = (o_d < D)[:, None] & (o_h < HID)[None, :]
     d_gate, d_up, d_down = sum_slabs(slabs, i_x, o_d, o_h, mask, D, HID, SP)
     d_gate, d_up, d_down = with_held(d_gate, d_up, d_down, g_gate, g_up, g_down, i_x, o_d, o_h, mask, i_c, D, HID, STATE)
-    b_mu = mu_total(mu_sums, mu_held, i_x, i_c, SP, STATE)
     if i_c == written:
         if KEEP:
             store_public(e_gate, e_up, e_down, i_x, o_d, o_h, mask, 0.0 - d_gate, 0.0 - d_up, 0.0 - d_down, D, HID)
-            tl.store(e_mu + i_x, b_mu, mask=i_p == 0)
     else:
         i_r = (slot + i_c) * H + i_h
-        b_mu = b_mu / chunk_size
-        tl.store(mu_mean + i_r, b_mu, mask=i_p == 0)
         if CLIP:
             d_gate, d_up, d_down = clip(d_gate, d_up, d_down, squares, g_size, i_x, i_r, i_p, grad_clip, PARTS)
+        b_mu = tl.load(mu_mean + i_r)
         z_gate, z_up, z_down = load_three(m, i_x, o_d, o_h, mask, D, HID)
         z_gate, z_up, z_down = b_mu * z_gate + d_gate, b_mu * z_up + d_up, b_mu * z_down + d_down
         b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
@@ -326,7 +341,10 @@ def ttt_mlp_fwd_commit_kernel(
         if NORM != NONE:
             size_down = row_sizes(rows_in, i_x, o_d, D, PARTS)
             n_down = row_sizes(n_rows, i_x, o_d, D, PARTS)
-            b_gate, b_up, b_down = point(b_gate, b_up, b_down, n_gate, n_up, n_down, size_down, i_c, eps, NORM)
+            size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
+            b_gate, b_up, b_down = point(
+                b_gate, b_up, b_down, n_gate, n_up, n_down, size_gate, size_up, size_down, i_c, eps, NORM
+            )  # fmt: skip
         b_gate, b_up, b_down = b_gate + z_gate, b_up + z_up, b_down + z_down
         store_weights(
             x, x_read, size, rows_out, i_x, i_r + H, i_p, i_c + 1, o_d, o_h, mask, b_gate, b_up, b_down, n_gate, n_up, eps,
@@ -366,7 +384,10 @@ def ttt_mlp_fwd_finish_kernel(
         b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
         if NORM == POST_WRITE:
             w = load_public(w_gate, w_up, w_down, i_h, o_d, o_h, mask, D, HID)
-            b_gate, b_up, b_down = point(b_gate, b_up, b_down, column_size(w[0]), column_size(w[1]), n_down, size_down, i_c, eps, NORM)
+            size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
+            b_gate, b_up, b_down = point(
+                b_gate, b_up, b_down, column_size(w[0]), column_size(w[1]), n_down, size_gate, size_up, size_down, i_c, eps, NORM
+            )  # fmt: skip
         store_public(e_gate, e_up, e_down, i_x, o_d, o_h, mask, b_gate, b_up, b_down, D, HID)
         b_gate, b_up, b_down = load_three(m, i_x, o_d, o_h, mask, D, HID)
         store_public(f_gate, f_up, f_down, i_x, o_d, o_h, mask, b_gate, b_up, b_down, D, HID)

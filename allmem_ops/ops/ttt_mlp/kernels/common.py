@@ -153,20 +153,30 @@ def row_sizes(p, i_x, o_d, D: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def point(b_gate, b_up, b_down, n_gate, n_up, n_down, size_down, i_c, eps, NORM: tl.constexpr):
+def load_sizes(size, i_r, o_h, D: tl.constexpr, HID: tl.constexpr):
+    """Row norms of Wgate and Wup of hidden units `o_h` in slot and head `i_r`."""
+    at = size + tl.cast(i_r, tl.int64) * (2 * HID + D) + o_h
+    m_h = o_h < HID
+    return (
+        tl.load(at, mask=m_h, other=0.0, cache_modifier=".cg"),
+        tl.load(at + HID, mask=m_h, other=0.0, cache_modifier=".cg"),
+    )
+
+
+@triton.jit
+def point(
+    b_gate, b_up, b_down, n_gate, n_up, n_down, size_gate, size_up, size_down, i_c, eps, NORM: tl.constexpr
+):  # fmt: skip
     """The point of chunk `i_c`'s write from X: what the gradient is taken at and the momentum added to."""
-    if NORM == NONE:
-        return b_gate, b_up, b_down
-    else:
-        s_gate = row_scale(n_gate, column_size(b_gate), eps)
-        s_up = row_scale(n_up, column_size(b_up), eps)
-        s_down = row_scale(n_down, size_down, eps)
-        if NORM == POST_WRITE:
-            # the first weights are taken as they are
-            s_gate = tl.where(i_c > 0, s_gate, 1.0)
-            s_up = tl.where(i_c > 0, s_up, 1.0)
-            s_down = tl.where(i_c > 0, s_down, 1.0)
-        return b_gate * s_gate[None, :], b_up * s_up[None, :], b_down * s_down[:, None]
+    s_gate = row_scale(n_gate, size_gate, eps)
+    s_up = row_scale(n_up, size_up, eps)
+    s_down = row_scale(n_down, size_down, eps)
+    if NORM == POST_WRITE:
+        # the first weights are taken as they are
+        s_gate = tl.where(i_c > 0, s_gate, 1.0)
+        s_up = tl.where(i_c > 0, s_up, 1.0)
+        s_down = tl.where(i_c > 0, s_down, 1.0)
+    return b_gate * s_gate[None, :], b_up * s_up[None, :], b_down * s_down[:, None]
 
 
 # ---- activations

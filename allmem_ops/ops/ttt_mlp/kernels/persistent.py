@@ -7,13 +7,14 @@ would hang, and takes chain.py's kernels. All programs have to be resident: `lau
 import triton
 import triton.language as tl
 
-from allmem_ops.ops.ttt_mlp.kernels.chain import clip, descent, mu_total, store_squares, store_weights, sum_slabs, with_held
+from allmem_ops.ops.ttt_mlp.kernels.chain import chunk_mus, clip, descent, store_squares, store_weights, sum_slabs, with_held
 from allmem_ops.ops.ttt_mlp.kernels.common import (
     NONE,
     POST_WRITE,
     chunk_span,
     column_size,
     load_public,
+    load_sizes,
     load_three,
     point,
     row_sizes,
@@ -42,7 +43,7 @@ def ttt_mlp_fwd_chain_kernel(
     counters, scratch,
     X, T, chunk_size, H, steps, eps, grad_clip,
     sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e, sm_b, sm_t, sm_h,
-    D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
     PREC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -52,14 +53,13 @@ def ttt_mlp_fwd_chain_kernel(
     dtype = k.dtype.element_ty
     i_g, i_p = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     i_s, i_k = i_p // SP, i_p % SP
-    # one buffer: slabs, M, sums of squares of rows (two by turns, then those of N) and of G (two by turns), sums of mu
+    # one buffer: slabs, M, sums of squares of rows (two by turns, then those of N) and of G (two by turns)
     j_x = tl.cast(X, tl.int64)
     slabs = scratch
     m = slabs + j_x * ((SP if SP > 1 else 0) * 3 * D * HID)
     rows = m + j_x * (3 * D * HID)
     n_rows = rows + j_x * (2 * PARTS * D)
     squares = n_rows + j_x * (PARTS * D)
-    mu_sums = squares + j_x * (2 * PARTS * 3)
     # a line of the cache for each group's counter
     counter = counters + i_g * 32
     target = 0
@@ -90,6 +90,7 @@ def ttt_mlp_fwd_chain_kernel(
             b_gate, b_up, b_down = load_public(s_gate, s_up, s_down, i_x, o_d, o_h, mask, D, HID)
             z_gate, z_up, z_down = load_public(m_gate, m_up, m_down, i_x, o_d, o_h, mask, D, HID)
         i_r = slot * H + i_h
+        chunk_mus(p_mu, sm_t, mu_held, mu_mean, e_mu, i_x, i_r, i_p, written, length, held, chunk_size, H, PARTS, BM, STATE, KEEP)
         store_weights(
             x, x_read, size, rows, i_x, i_r, i_p, 0, o_d, o_h, mask, b_gate, b_up, b_down, n_gate, n_up, eps, D, HID, PARTS, NORM
         )  # fmt: skip
@@ -116,30 +117,26 @@ def ttt_mlp_fwd_chain_kernel(
                 if i_p == 0:
                     tl.store(size + tl.cast(i_r, tl.int64) * (2 * HID + D) + 2 * HID + o_d, size_down, mask=o_d < D)
             p_gate, p_up, p_down = load_three(x, i_r, o_d, o_s, mask_s, D, HID)
-            p_gate, p_up, p_down = point(p_gate, p_up, p_down, n_gate_s, n_up_s, n_down, size_down, i_c, eps, NORM)
+            if NORM != NONE:
+                size_gate_s, size_up_s = load_sizes(size, i_r, o_s, D, HID)
+                p_gate, p_up, p_down = point(
+                    p_gate, p_up, p_down, n_gate_s, n_up_s, n_down, size_gate_s, size_up_s, size_down, i_c, eps, NORM
+                )  # fmt: skip
             start, stop = chunk_span(i_c, length, held, chunk_size)
-            d_gate, d_up, d_down, b_mu = descent(
-                p_k, p_v, p_eta, p_mu, sk_t, sk_d, sv_t, sv_d, se_t, se_e, sm_t,
+            d_gate, d_up, d_down = descent(
+                p_k, p_v, p_eta, sk_t, sk_d, sv_t, sv_d, se_t, se_e,
                 tl.cast(p_gate, dtype), tl.cast(p_up, dtype), tl.cast(p_down, dtype), start, stop, i_k, D, BT, SP, PREC, FAST,
             )  # fmt: skip
-            if SP == 1:
-                if STATE:
-                    b_mu += tl.load(mu_held + i_x, mask=i_c == 0, other=0.0)
-            else:
+            if SP > 1:
                 store_three(slabs, i_x * SP + i_k, o_d, o_s, mask_s, d_gate, d_up, d_down, D, HID)
-                tl.store(mu_sums + i_x * SP + i_k, b_mu, mask=i_s == 0)
                 target += PARTS
                 barrier(counter, target)
                 d_gate, d_up, d_down = sum_slabs(slabs, i_x, o_d, o_h, mask, D, HID, SP)
-                b_mu = mu_total(mu_sums, mu_held, i_x, i_c, SP, STATE)
             d_gate, d_up, d_down = with_held(d_gate, d_up, d_down, g_gate, g_up, g_down, i_x, o_d, o_h, mask, i_c, D, HID, STATE)
             if i_c == written:
                 if KEEP:
                     store_public(h_gate, h_up, h_down, i_x, o_d, o_h, mask, 0.0 - d_gate, 0.0 - d_up, 0.0 - d_down, D, HID)
-                    tl.store(e_mu + i_x, b_mu, mask=i_p == 0)
             else:
-                b_mu = b_mu / chunk_size
-                tl.store(mu_mean + i_r, b_mu, mask=i_p == 0)
                 if CLIP:
                     p_squares = squares + (i_c % 2) * X * (PARTS * 3)
                     store_squares(p_squares, i_x, i_p, d_gate, d_up, d_down, PARTS)
@@ -147,10 +144,15 @@ def ttt_mlp_fwd_chain_kernel(
                     barrier(counter, target)
                     d_gate, d_up, d_down = clip(d_gate, d_up, d_down, p_squares, g_size, i_x, i_r, i_p, grad_clip, PARTS)
                 # W and M come from memory: kept in registers over the token loop they would be spilled
+                b_mu = tl.load(mu_mean + i_r, cache_modifier=".cg")
                 z_gate, z_up, z_down = load_three(m, i_x, o_d, o_h, mask, D, HID)
                 z_gate, z_up, z_down = b_mu * z_gate + d_gate, b_mu * z_up + d_up, b_mu * z_down + d_down
                 b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
-                b_gate, b_up, b_down = point(b_gate, b_up, b_down, n_gate, n_up, n_down, size_down, i_c, eps, NORM)
+                if NORM != NONE:
+                    size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
+                    b_gate, b_up, b_down = point(
+                        b_gate, b_up, b_down, n_gate, n_up, n_down, size_gate, size_up, size_down, i_c, eps, NORM
+                    )  # fmt: skip
                 b_gate, b_up, b_down = b_gate + z_gate, b_up + z_up, b_down + z_down
                 store_weights(
                     x, x_read, size, rows + (1 - i_c % 2) * X * (PARTS * D), i_x, i_r + H, i_p, i_c + 1, o_d, o_h, mask,
@@ -173,7 +175,10 @@ def ttt_mlp_fwd_chain_kernel(
         if KEEP:
             b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
             if NORM == POST_WRITE:
-                b_gate, b_up, b_down = point(b_gate, b_up, b_down, n_gate, n_up, n_down, size_down, written, eps, NORM)
+                size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
+                b_gate, b_up, b_down = point(
+                    b_gate, b_up, b_down, n_gate, n_up, n_down, size_gate, size_up, size_down, written, eps, NORM
+                )  # fmt: skip
             store_public(e_gate, e_up, e_down, i_x, o_d, o_h, mask, b_gate, b_up, b_down, D, HID)
             z_gate, z_up, z_down = load_three(m, i_x, o_d, o_h, mask, D, HID)
             store_public(f_gate, f_up, f_down, i_x, o_d, o_h, mask, z_gate, z_up, z_down, D, HID)
