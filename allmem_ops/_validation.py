@@ -99,18 +99,18 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         fail(name, f"must be one of {', '.join(map(repr, options))}", repr(value))
 
 
-def check_cu_seqlens(cu_seqlens: object, q: torch.Tensor) -> None:
-    """Packed sequences: `q` has batch size 1; `cu_seqlens` int32 or int64 [N+1] from 0 to T, not decreasing.
+def check_cu_seqlens(cu_seqlens: object, q: torch.Tensor, name: str = "q") -> None:
+    """Packed sequences: `q`, the argument `name`, has batch size 1; `cu_seqlens` int32 or int64 [N+1] from 0 to T, not decreasing.
 
     The values are checked on CPU tensors only: on a GPU that would need a host synchronisation.
     """
     check_shape("cu_seqlens", cu_seqlens, "N+1", {})
     check_dtype("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
-    check_device("cu_seqlens", cu_seqlens, q.device)
+    check_device("cu_seqlens", cu_seqlens, q.device, name)
     if cu_seqlens.shape[0] < 2:
         fail("cu_seqlens", "must have at least 2 elements", cu_seqlens.shape[0])
     if q.shape[0] != 1:
-        fail("q", "must have batch size 1 with `cu_seqlens`", q.shape[0], "Flatten the batch into T first")
+        fail(name, "must have batch size 1 with `cu_seqlens`", q.shape[0], "Flatten the batch into T first")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         values = cu_seqlens.tolist()  # a CPU tensor: nothing to wait for
         if values[0] != 0 or values[-1] != q.shape[1] or any(a > b for a, b in pairwise(values)):

@@ -27,11 +27,10 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from allmem_ops import AllMemConfig, MemoryBranch, ttt_mlp
+from allmem_ops import AllMemConfig, MemoryBranch, memory_input, ttt_mlp
 from allmem_ops.demo import smollm2
 from allmem_ops.demo.corpus import standard_library, whole_rows
 from allmem_ops.hf import convert
-from allmem_ops.layers.short_conv import short_conv
 from benchmarks.measure import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,11 +61,21 @@ VARIANTS: dict[str, dict] = {
 }
 
 
-class CentredMemoryBranch(MemoryBranch):
-    """q and k less their means over the row before they are normalised: what an ideal learned bias would do."""
+def inputs_of(branch: MemoryBranch, x: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of x; `centred`: q and k less their means over the row before they are normalised, as an ideal learned bias would do."""
+    if not centred:
+        return branch._read_input(x)[:3]
+    config, projected = branch.config, F.linear(x, branch.in_proj.weight)
+    options = {"heads": branch.heads, "l2": False, "qk_activation": config.qk_activation}
+    q, k, v, *_ = memory_input(projected, branch.conv_weight, branch.head_bias, **options)
 
-    def _normalise(self, y: Tensor, weight: Tensor | None) -> Tensor:
-        return super()._normalise(y - y.mean(1, keepdim=True), weight)
+    def normalised(y: Tensor, weight: Tensor | None) -> Tensor:
+        y = y - y.mean(1, keepdim=True)
+        if weight is not None:
+            y = F.rms_norm(y, y.shape[-1:], weight, config.norm_eps)
+        return y * torch.rsqrt(y.square().sum(-1, keepdim=True) + config.l2_eps) if config.qk_norm in ("rms+l2", "l2") else y
+
+    return normalised(q, branch.q_norm), normalised(k, branch.k_norm), v
 
 
 def activations(layers: list[int], tokens: int) -> dict[int, Tensor]:
@@ -110,11 +119,10 @@ def diagnose(x: Tensor, changes: dict, seed: int) -> dict[str, float]:
     changes = dict(changes)
     torch.manual_seed(seed)
     half = x.shape[1] // 2
-    kind = CentredMemoryBranch if changes.pop("centred", False) else MemoryBranch
+    centred = changes.pop("centred", False)
     config = AllMemConfig(chunk_size=half, **SPEC).replace(**changes)
-    branch = kind(x.shape[-1], config, heads=HEADS)
-    qkv, _ = branch._project(x)
-    q, k, v = branch._activate(short_conv(qkv, branch.conv_weight)[0])
+    branch = MemoryBranch(x.shape[-1], config, heads=HEADS)
+    q, k, v = inputs_of(branch, x, centred)
     features = F.silu(torch.einsum("thd,hfd->thf", k[0], branch.w_gate)) * torch.einsum("thd,hfd->thf", k[0], branch.w_up)
     eta, mu = torch.full((*q.shape[:3], 3), config.eta_init), torch.full(q.shape[:3], config.mu_init)
     weights = branch.w_gate, branch.w_up, branch.w_down

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allmem_ops._validation import check_dtype, check_int, check_shape, fail
+from allmem_ops._validation import check_bool, check_dtype, check_int, check_shape, fail
 from allmem_ops.layers.config import AllMemConfig
-from allmem_ops.layers.short_conv import ConvTail, short_conv
 from allmem_ops.ops.fusion.api import gated_fusion
+from allmem_ops.ops.memory_input.api import MemoryInput, memory_input, memory_input_step
+from allmem_ops.ops.memory_input.state import ConvTail
 from allmem_ops.ops.ttt_mlp.api import ttt_mlp, ttt_mlp_step
 from allmem_ops.ops.ttt_mlp.state import MemoryState
 
-STEP_TOKENS = 256  # the longest segment that `ttt_mlp_step` takes
+STEP_TOKENS = 256  # the longest segment that `ttt_mlp_step` and `memory_input_step` take
 
 
 @dataclass(eq=False)
@@ -198,6 +199,7 @@ class MemoryBranch(nn.Module):
         state: MemoryBranchState | None = None,
         cu_seqlens: Tensor | None = None,
         active: Tensor | None = None,
+        overwrite_attn: bool = False,
     ) -> Tensor:
         """attn + alpha * Linear_out(readout); without `attn`, the unscaled Linear_out(readout).
 
@@ -209,6 +211,8 @@ class MemoryBranch(nn.Module):
             cu_seqlens: [N+1] offsets of packed sequences (B = 1), or None.
             active: bool [B], only with a state and up to 256 tokens: the other rows' state stays and they get `attn`
                 (zeros without `attn`).
+            overwrite_attn: `attn` is the caller's no more: without gradients the result may take its memory. Then alpha is folded into
+                the output projection, which adds to `attn` as it stores: no further pass over it.
 
         Returns:
             [B, T, d_model] in `x`'s dtype.
@@ -228,20 +232,24 @@ class MemoryBranch(nn.Module):
                 fail("active", f"needs a `state`, no `cu_seqlens` and at most {STEP_TOKENS} tokens", f"{x.shape[1]} tokens")
             check_shape("active", active, "B", {"B": x.shape[0]})
             check_dtype("active", active, torch.bool)
+        check_bool("overwrite_attn", overwrite_attn)
         config = self.config
-        qkv, logits = self._project(x)
-        qkv, tail = short_conv(qkv, self.conv_weight, None if state is None else state.conv.inputs, cu_seqlens)
-        q, k, v = self._activate(qkv)
-        eta, mu, gate = logits.split(self.splits[1:], -1)
-        eta = F.softplus(eta).unflatten(-1, (self.heads, 3)) if self.writes else torch.zeros_like(eta).unflatten(-1, (self.heads, 3))
-        memory = self._remember(q.to(x.dtype), k.to(x.dtype), v.to(x.dtype), eta, mu.sigmoid(), state, cu_seqlens, active)
+        steps = state is not None and cu_seqlens is None and x.shape[1] <= STEP_TOKENS and not torch.is_grad_enabled()
+        if steps:
+            self._check_options(state)
+        elif active is not None:
+            fail("active", "needs gradients to be disabled (torch.no_grad)", "gradients enabled")
+        inputs = self._read_input(x, state, cu_seqlens, active, steps)
+        memory = self._remember(x.dtype, inputs, state, cu_seqlens, active, steps)
         if state is not None:
-            keep = tail if active is None else torch.where(active[:, None, None], tail, state.conv.inputs)
-            state.conv.inputs.copy_(keep.detach())
+            if not steps:
+                state.conv.inputs.copy_(inputs.state.inputs)
             state.started = True
-        gate = gate.to(x.dtype) if gate.shape[-1] else None
+        gate = None if inputs.gate is None else inputs.gate.to(x.dtype)
         readout = gated_fusion(None, memory, None, gate=gate, norm_weight=self.readout_norm, eps=config.norm_eps, impl=config.impl)
-        out = F.linear(readout.flatten(2) if readout.dim() == 4 else readout, self.out_proj.weight.to(x.dtype))
+        if attn is not None and overwrite_attn and self._folds(attn):
+            return self._add_folded(attn, readout)
+        out = F.linear(readout, self.out_proj.weight.to(x.dtype))
         if active is not None:
             out = torch.where(active[:, None, None], out, 0)
         return out if attn is None else gated_fusion(attn, out, self.alpha, impl=config.impl)
@@ -259,45 +267,47 @@ class MemoryBranch(nn.Module):
             "eps": config.weight_norm_eps,
         }
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """One product for everything that is linear in x; the rates' and gates' logits leave it in fp32."""
-        projected = F.linear(x, self.in_proj.weight.to(x.dtype))
-        qkv, logits = projected.split([self.splits[0], sum(self.splits[1:])], -1)
-        return qkv, logits.to(self.head_bias.dtype) + self.head_bias
-
-    def _activate(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [B, T, H, d] from the convolution's output."""
-        q, k, v = qkv.unflatten(-1, (3, self.heads, self.config.head_dim)).unbind(-3)
-        if self.config.qk_activation == "silu":
-            q, k = F.silu(q), F.silu(k)
-        return self._normalise(q, self.q_norm), self._normalise(k, self.k_norm), F.silu(v)
-
-    def _normalise(self, y: Tensor, weight: Tensor | None) -> Tensor:
-        """RMSNorm and L2 norm of each head, as `config.qk_norm` says."""
-        if weight is not None:
-            y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.config.norm_eps) * weight
-        if self.config.qk_norm in ("rms+l2", "l2"):
-            y = y * torch.rsqrt(y.square().sum(-1, keepdim=True) + self.config.l2_eps)
-        return y
+    def _read_input(
+        self,
+        x: Tensor,
+        state: MemoryBranchState | None = None,
+        cu_seqlens: Tensor | None = None,
+        active: Tensor | None = None,
+        steps: bool = False,
+    ) -> MemoryInput:
+        """One product for everything that is linear in x, then what the memory reads; `steps` moves the convolution's tail on."""
+        config = self.config
+        operands = F.linear(x, self.in_proj.weight.to(x.dtype)), self.conv_weight, self.head_bias
+        options = {
+            "heads": self.heads,
+            "q_norm": self.q_norm,
+            "k_norm": self.k_norm,
+            "l2": config.qk_norm in ("rms+l2", "l2"),
+            "qk_activation": config.qk_activation,
+            "norm_eps": config.norm_eps,
+            "l2_eps": config.l2_eps,
+            "impl": config.impl,
+        }
+        if steps:
+            return memory_input_step(*operands, state.conv, active=active, **options)
+        tail = None if state is None else state.conv.clone()  # saved for backward, and `forward` moves the state's own on
+        return memory_input(*operands, initial_state=tail, output_final_state=state is not None, cu_seqlens=cu_seqlens, **options)
 
     def _remember(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        eta: Tensor,
-        mu: Tensor,
+        dtype: torch.dtype,
+        inputs: MemoryInput,
         state: MemoryBranchState | None,
         cu_seqlens: Tensor | None,
         active: Tensor | None,
+        steps: bool,
     ) -> Tensor:
         """Read and write the memory, by the step form for a short segment without gradients."""
         impl = self.config.impl
-        if state is not None and cu_seqlens is None and q.shape[1] <= STEP_TOKENS and not torch.is_grad_enabled():
-            self._check_options(state)
-            return ttt_mlp_step(q, k, v, eta, mu, state.memory, active=active, impl=impl)
-        if active is not None:
-            fail("active", "needs gradients to be disabled (torch.no_grad)", "gradients enabled")
+        q, k, v = (y.to(dtype) for y in (inputs.q, inputs.k, inputs.v))
+        eta = inputs.eta if self.writes else torch.zeros_like(inputs.eta)
+        if steps:
+            return ttt_mlp_step(q, k, v, eta, inputs.mu, state.memory, active=active, impl=impl)
         o, after = ttt_mlp(
             q,
             k,
@@ -306,7 +316,7 @@ class MemoryBranch(nn.Module):
             self.w_up,
             self.w_down,
             eta,
-            mu,
+            inputs.mu,
             initial_state=state.memory if state is not None and state.started else None,
             output_final_state=state is not None,
             cu_seqlens=cu_seqlens,
@@ -317,6 +327,16 @@ class MemoryBranch(nn.Module):
             rows = range(state.batch)
             state.memory.copy_(rows, after.detach(), rows)
         return o
+
+    def _folds(self, attn: Tensor) -> bool:
+        """Whether folding alpha into the output projection is worth it: it costs a pass over the weights and saves three over `attn`."""
+        return not torch.is_grad_enabled() and attn.is_contiguous() and attn.shape[0] * attn.shape[1] > self.out_proj.in_features
+
+    def _add_folded(self, attn: Tensor, readout: Tensor) -> Tensor:
+        """attn + Linear_out(readout) * alpha, into `attn`: one product whose epilogue adds. An inactive row's readout is 0."""
+        weight = (self.alpha[:, None] * self.out_proj.weight).to(attn.dtype)
+        attn.flatten(0, 1).addmm_(readout.flatten(0, 1), weight.T)
+        return attn
 
     def _check_options(self, state: MemoryBranchState) -> None:
         for name, value in self._memory_options().items():

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from allmem_ops import AllMemConfig, MemoryBranch, ttt_mlp
 from allmem_ops.layers.memory import MemoryBranchState
-from allmem_ops.layers.short_conv import short_conv
 
 D_MODEL, HEADS, HEAD_DIM = 24, 2, 8
 
@@ -87,7 +86,7 @@ def test_start_values():
 def test_tied_q_and_k_start_equal_and_part_in_training():
     branch, (x, _) = make(alive=False, qk_init="tied"), data(17)
     width = HEADS * HEAD_DIM
-    q, k, v = branch._activate(short_conv(branch._project(x)[0], branch.conv_weight)[0])
+    q, k, v, *_ = branch._read_input(x)
     assert torch.equal(q, k) and not torch.equal(k, v)
     branch(x).square().sum().backward()
     grads = branch.in_proj.weight.grad[: 2 * width].split(width)
@@ -100,20 +99,47 @@ def test_zero_sum_taps_drop_what_all_tokens_share():
     x, common = next(data(40)), 30 * torch.randn(D_MODEL, dtype=torch.float64)
     for conv_size in (2, 3, 4):
         branch = make(alive=False, conv_init="zero_sum", conv_size=conv_size)
-        plain, shifted = (short_conv(branch._project(y)[0], branch.conv_weight)[0][:, conv_size - 1 :] for y in (x, x + common))
+        plain, shifted = (branch._read_input(y).v[:, conv_size - 1 :] for y in (x, x + common))
         torch.testing.assert_close(plain, shifted, atol=1e-9, rtol=0)
         assert plain.square().mean() > 1e-3
     assert make(alive=False, conv_init="zero_sum", conv_size=1).conv_weight.abs().min() > 0
     uniform = make(alive=False, conv_init="uniform")
-    plain, shifted = (short_conv(uniform._project(y)[0], uniform.conv_weight)[0][:, 3:] for y in (x, x + common))
+    plain, shifted = (uniform._read_input(y).v[:, 3:] for y in (x, x + common))
     assert (plain - shifted).abs().mean() > 1
 
 
 def test_qk_activation_none_leaves_q_and_k_linear():
-    qkv = torch.randn(1, 5, 3 * HEADS * HEAD_DIM, dtype=torch.float64)
-    q, k, v = make(qk_activation="none", qk_norm="none")._activate(qkv)
-    plain = qkv.unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(-3)
-    assert torch.equal(q, plain[0]) and torch.equal(k, plain[1]) and torch.equal(v, F.silu(plain[2]))
+    branch, (x, _) = make(qk_activation="none", qk_norm="none", conv_size=1), data(5)
+    projected = (x @ branch.in_proj.weight.T)[..., : 3 * HEADS * HEAD_DIM] * branch.conv_weight[:, 0]
+    plain = projected.unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(-3)
+    q, k, v, *_ = branch._read_input(x)
+    for got, want in zip((q, k, v), (plain[0], plain[1], F.silu(plain[2])), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("length", [HEADS * HEAD_DIM + 1, 3])  # one folds alpha into the output projection, one does not pay
+@pytest.mark.parametrize("with_state", [False, True])
+def test_alpha_folded_into_the_output_projection_gives_the_same(length, with_state):
+    branch, (x, attn) = make(), data(length, 2)
+    expected = branch(x, attn)
+    state = branch.initial_state(2, torch.float64) if with_state else None
+    mine = attn.clone()
+    with torch.no_grad():
+        y = branch(x, mine, state=state, overwrite_attn=True)
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-12)
+    folded = 2 * length > branch.out_proj.in_features
+    assert (y.data_ptr() == mine.data_ptr()) == folded and torch.equal(mine, y if folded else attn)
+    kept = attn.clone()
+    torch.testing.assert_close(branch(x, kept, overwrite_attn=True), expected)  # with gradients nothing is overwritten
+    assert torch.equal(kept, attn)
+
+
+def test_alpha_folded_gives_inactive_rows_attention():
+    branch, (x, attn) = make(), data(40, 2)
+    state = branch.initial_state(2, torch.float64)
+    with torch.no_grad():
+        y = branch(x, attn.clone(), state=state, active=torch.tensor([True, False]), overwrite_attn=True)
+    assert torch.equal(y[1], attn[1]) and (y[0] - attn[0]).abs().max() > 1e-3
 
 
 def test_parameter_count_of_the_default_on_smollm2():

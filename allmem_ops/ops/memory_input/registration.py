@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from allmem_ops.ops.inplace import in_place_op, mark_changed
 from allmem_ops.ops.memory_input.chunk import input_backward, input_forward
 from allmem_ops.ops.precision import accumulator_dtype
 
@@ -109,7 +110,7 @@ def memory_input_triton_bwd(
     return _present(projected, launch_backward(*gradients, *inputs, heads, silu, l2, norm_eps, l2_eps))
 
 
-@torch.library.custom_op("allmem_ops::memory_input_step_triton", mutates_args=("tail",))
+@in_place_op("allmem_ops::memory_input_step_triton", mutates_args=("tail",))
 def memory_input_step_triton(
     projected: Tensor,
     conv_weight: Tensor,
@@ -127,6 +128,7 @@ def memory_input_step_triton(
     """Also moves the tail on, in the rows that `active` names."""
     from allmem_ops.ops.memory_input.launch import launch_step
 
+    mark_changed((tail,))
     return launch_step(projected, conv_weight, head_bias, q_norm, k_norm, tail, active, heads, silu, l2, norm_eps, l2_eps)
 
 
@@ -171,7 +173,7 @@ for _forward, _backward in ((memory_input_chunk, memory_input_chunk_bwd), (memor
     _backward.register_fake(_fake_bwd)
     _forward.register_autograd(_autograd(_backward), setup_context=_setup_context)
 
-memory_input_step_triton.register_fake(_fake)
+torch.library.register_fake("allmem_ops::memory_input_step_triton")(_fake)
 
 
 def _flops(projected: Tensor, conv_weight: Tensor, *_: Any, **__: Any) -> int:
