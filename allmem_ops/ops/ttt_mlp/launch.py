@@ -154,7 +154,7 @@ def write(
     what = {"D": d, "HID": h, "BD": BD, "HS": HS, "SP": SP}
     normed = {**what, "NORM": NORM[norm]}
     case = {"STATE": spans.carried, "PACKED": spans.packed, "KEEP": spans.keep}
-    saving = {"SAVE_M": out.m is not None}
+    saving = {"SAVE_M": out.m is not None, "FAST": kind["FAST"]}
     chain.ttt_mlp_fwd_init_kernel[by_part](
         mu, *span, *weights, *state_w, *state_m, mu_held, out.x, x_read, m, out.m, out.size, out.n, out.mu_mean, out.mu_sum, sums, n_sums,
         *sizes, eps, *mu.stride(), **normed, **case, **saving, BM=BM,
@@ -171,7 +171,7 @@ def write(
             squares, out.mu_mean, out.g_size, *out[7:10], i_c, *sizes, eps, grad_clip, **normed, **case, **saving, CLIP=clipped,
         )  # fmt: skip
     chain.ttt_mlp_fwd_finish_kernel[by_part](
-        *span, *weights, out.x, m, out.size, out.n, sums, n_sums, *out[1:7], *sizes, eps, **normed, **case
+        *span, *weights, out.x, m, out.size, out.n, sums, n_sums, *out[1:7], *sizes, eps, **normed, **case, FAST=kind["FAST"]
     )
 
 

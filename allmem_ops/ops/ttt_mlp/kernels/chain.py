@@ -176,7 +176,7 @@ def chunk_mus(
 @triton.jit
 def store_weights(
     x, x_read, size, rows, i_x, i_r, i_p, i_c, o_d, o_h, mask, b_gate, b_up, b_down, n_gate, n_up, eps,
-    D: tl.constexpr, HID: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
+    D: tl.constexpr, HID: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """A part of X before chunk `i_c` into slot and head `i_r`: fp32, as the read's operand, and what its norms need.
 
@@ -184,15 +184,15 @@ def store_weights(
     """
     store_three(x, i_r, o_d, o_h, mask, b_gate, b_up, b_down, D, HID)
     if NORM != NONE:
-        s_gate = column_size(b_gate)
-        s_up = column_size(b_up)
+        s_gate = column_size(b_gate, FAST)
+        s_up = column_size(b_up, FAST)
         p_size = size + tl.cast(i_r, tl.int64) * (2 * HID + D) + o_h
         tl.store(p_size, s_gate, mask=o_h < HID)
         tl.store(p_size + HID, s_up, mask=o_h < HID)
         tl.store(rows + (tl.cast(i_x, tl.int64) * PARTS + i_p) * D + o_d, tl.sum(b_down * b_down, 1), mask=o_d < D)
         if NORM == POST_WRITE:
-            b_gate *= tl.where(i_c > 0, row_scale(n_gate, s_gate, eps), 1.0)[None, :]
-            b_up *= tl.where(i_c > 0, row_scale(n_up, s_up, eps), 1.0)[None, :]
+            b_gate *= tl.where(i_c > 0, row_scale(n_gate, s_gate, eps, FAST), 1.0)[None, :]
+            b_up *= tl.where(i_c > 0, row_scale(n_up, s_up, eps, FAST), 1.0)[None, :]
     store_three(x_read, i_r, o_d, o_h, mask, b_gate, b_up, b_down, D, HID)
 
 
@@ -204,7 +204,7 @@ def ttt_mlp_fwd_init_kernel(
     mu, cu_seqlens, count, first, w_gate, w_up, w_down, s_gate, s_up, s_down, m_gate, m_up, m_down, mu_held,
     x, x_read, m, m_slots, size, n, mu_mean, e_mu, rows, n_rows, T, chunk_size, H, steps, eps, sm_b, sm_t, sm_h,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr, NORM: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Slot 0 of every sequence, the row norms N, the means of mu. Grid (N * H, PARTS)."""
     HP: tl.constexpr = HS // SP
@@ -233,7 +233,7 @@ def ttt_mlp_fwd_init_kernel(
         b_gate, b_up, b_down = load_public(s_gate, s_up, s_down, i_x, o_d, o_h, mask, D, HID)
         z_gate, z_up, z_down = load_public(m_gate, m_up, m_down, i_x, o_d, o_h, mask, D, HID)
     store_weights(
-        x, x_read, size, rows, i_x, i_r, i_p, 0, o_d, o_h, mask, b_gate, b_up, b_down, n_gate, n_up, eps, D, HID, PARTS, NORM
+        x, x_read, size, rows, i_x, i_r, i_p, 0, o_d, o_h, mask, b_gate, b_up, b_down, n_gate, n_up, eps, D, HID, PARTS, NORM, FAST
     )  # fmt: skip
     store_three(m, i_x, o_d, o_h, mask, z_gate, z_up, z_down, D, HID)
     if SAVE_M:
@@ -264,11 +264,11 @@ def ttt_mlp_fwd_write_kernel(
     b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
     if NORM != NONE:
         w = load_public(w_gate, w_up, w_down, i_h, o_d, o_h, mask, D, HID)
-        size_down = row_sizes(rows, i_x, o_d, D, PARTS)
+        size_down = row_sizes(rows, i_x, o_d, D, PARTS, FAST)
         n_down = row_sizes(n_rows, i_x, o_d, D, PARTS)
         size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
         b_gate, b_up, b_down = point(
-            b_gate, b_up, b_down, column_size(w[0]), column_size(w[1]), n_down, size_gate, size_up, size_down, i_c, eps, NORM
+            b_gate, b_up, b_down, column_size(w[0]), column_size(w[1]), n_down, size_gate, size_up, size_down, i_c, eps, NORM, FAST
         )  # fmt: skip
         if i_s + i_k == 0:
             tl.store(size + tl.cast(i_r, tl.int64) * (2 * HID + D) + 2 * HID + o_d, size_down, mask=o_d < D)
@@ -310,7 +310,7 @@ def ttt_mlp_fwd_commit_kernel(
     x, x_read, m, m_slots, size, rows_in, rows_out, n_rows, slabs, squares, mu_mean, g_size, e_gate, e_up, e_down,
     i_c, T, chunk_size, H, steps, eps, grad_clip,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """W and M after chunk `i_c`, or what the open chunk holds at the end. Grid (N * H, PARTS)."""
     HP: tl.constexpr = HS // SP
@@ -339,16 +339,16 @@ def ttt_mlp_fwd_commit_kernel(
         w = load_public(w_gate, w_up, w_down, i_h, o_d, o_h, mask, D, HID)
         n_gate, n_up = column_size(w[0]), column_size(w[1])
         if NORM != NONE:
-            size_down = row_sizes(rows_in, i_x, o_d, D, PARTS)
+            size_down = row_sizes(rows_in, i_x, o_d, D, PARTS, FAST)
             n_down = row_sizes(n_rows, i_x, o_d, D, PARTS)
             size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
             b_gate, b_up, b_down = point(
-                b_gate, b_up, b_down, n_gate, n_up, n_down, size_gate, size_up, size_down, i_c, eps, NORM
+                b_gate, b_up, b_down, n_gate, n_up, n_down, size_gate, size_up, size_down, i_c, eps, NORM, FAST
             )  # fmt: skip
         b_gate, b_up, b_down = b_gate + z_gate, b_up + z_up, b_down + z_down
         store_weights(
             x, x_read, size, rows_out, i_x, i_r + H, i_p, i_c + 1, o_d, o_h, mask, b_gate, b_up, b_down, n_gate, n_up, eps,
-            D, HID, PARTS, NORM,
+            D, HID, PARTS, NORM, FAST,
         )  # fmt: skip
         store_three(m, i_x, o_d, o_h, mask, z_gate, z_up, z_down, D, HID)
         if SAVE_M:
@@ -360,7 +360,7 @@ def ttt_mlp_fwd_finish_kernel(
     cu_seqlens, count, first, w_gate, w_up, w_down, x, m, size, n, rows, n_rows, e_gate, e_up, e_down, f_gate, f_up, f_down,
     T, chunk_size, H, steps, eps,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, NORM: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Row norms of Wdown in every sequence's last slot and in N; the final W and M. Grid (N * H, PARTS)."""
     HP: tl.constexpr = HS // SP
@@ -377,7 +377,7 @@ def ttt_mlp_fwd_finish_kernel(
         tl.store(n + i_h * (2 * HID + D) + 2 * HID + o_d, n_down, mask=o_d < D)
     size_down = n_down
     if NORM != NONE:
-        size_down = row_sizes(rows + (i_c % 2) * tl.num_programs(0) * PARTS * D, i_x, o_d, D, PARTS)
+        size_down = row_sizes(rows + (i_c % 2) * tl.num_programs(0) * PARTS * D, i_x, o_d, D, PARTS, FAST)
         if i_p == 0:
             tl.store(size + tl.cast(i_r, tl.int64) * (2 * HID + D) + 2 * HID + o_d, size_down, mask=o_d < D)
     if KEEP:
@@ -386,7 +386,7 @@ def ttt_mlp_fwd_finish_kernel(
             w = load_public(w_gate, w_up, w_down, i_h, o_d, o_h, mask, D, HID)
             size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
             b_gate, b_up, b_down = point(
-                b_gate, b_up, b_down, column_size(w[0]), column_size(w[1]), n_down, size_gate, size_up, size_down, i_c, eps, NORM
+                b_gate, b_up, b_down, column_size(w[0]), column_size(w[1]), n_down, size_gate, size_up, size_down, i_c, eps, NORM, FAST
             )  # fmt: skip
         store_public(e_gate, e_up, e_down, i_x, o_d, o_h, mask, b_gate, b_up, b_down, D, HID)
         b_gate, b_up, b_down = load_three(m, i_x, o_d, o_h, mask, D, HID)

@@ -131,25 +131,38 @@ def store_three(p, row, o_d, o_h, mask, b_gate, b_up, b_down, D: tl.constexpr, H
 
 
 @triton.jit
-def column_size(b):
-    return tl.sqrt_rn(tl.sum(b * b, 0))
+def root(x, FAST: tl.constexpr):
+    """FAST: a unit in the last place, for results that half-precision operands follow; exact rounding costs a subroutine."""
+    if FAST:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
 
 
 @triton.jit
-def row_scale(n, size, eps):
+def column_size(b, FAST: tl.constexpr = False):
+    return root(tl.sum(b * b, 0), FAST)
+
+
+@triton.jit
+def row_scale(n, size, eps, FAST: tl.constexpr = False):
     """N / (|W| + eps); with eps = 0 a zero row stays zero instead of 0 / 0."""
     below = size + eps
-    return tl.where(below > 0, tl.div_rn(n, tl.where(below > 0, below, 1.0)), 0.0)
+    filled = tl.where(below > 0, below, 1.0)
+    if FAST:
+        return tl.where(below > 0, n / filled, 0.0)
+    else:
+        return tl.where(below > 0, tl.div_rn(n, filled), 0.0)
 
 
 @triton.jit
-def row_sizes(p, i_x, o_d, D: tl.constexpr, PARTS: tl.constexpr):
+def row_sizes(p, i_x, o_d, D: tl.constexpr, PARTS: tl.constexpr, FAST: tl.constexpr = False):
     """Norms of the rows of Wdown [BD] from the parts' sums of squares [..., PARTS, d], added in their order."""
     b_sum = tl.zeros([o_d.shape[0]], dtype=tl.float32)
     at = p + tl.cast(i_x, tl.int64) * (PARTS * D) + o_d
     for i_p in tl.static_range(PARTS):
         b_sum += tl.load(at + i_p * D, mask=o_d < D, other=0.0, cache_modifier=".cg")
-    return tl.sqrt_rn(b_sum)
+    return root(b_sum, FAST)
 
 
 @triton.jit
@@ -165,12 +178,12 @@ def load_sizes(size, i_r, o_h, D: tl.constexpr, HID: tl.constexpr):
 
 @triton.jit
 def point(
-    b_gate, b_up, b_down, n_gate, n_up, n_down, size_gate, size_up, size_down, i_c, eps, NORM: tl.constexpr
+    b_gate, b_up, b_down, n_gate, n_up, n_down, size_gate, size_up, size_down, i_c, eps, NORM: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
     """The point of chunk `i_c`'s write from X: what the gradient is taken at and the momentum added to."""
-    s_gate = row_scale(n_gate, size_gate, eps)
-    s_up = row_scale(n_up, size_up, eps)
-    s_down = row_scale(n_down, size_down, eps)
+    s_gate = row_scale(n_gate, size_gate, eps, FAST)
+    s_up = row_scale(n_up, size_up, eps, FAST)
+    s_down = row_scale(n_down, size_down, eps, FAST)
     if NORM == POST_WRITE:
         # the first weights are taken as they are
         s_gate = tl.where(i_c > 0, s_gate, 1.0)

@@ -92,7 +92,7 @@ def ttt_mlp_fwd_chain_kernel(
         i_r = slot * H + i_h
         chunk_mus(p_mu, sm_t, mu_held, mu_mean, e_mu, i_x, i_r, i_p, written, length, held, chunk_size, H, PARTS, BM, STATE, KEEP)
         store_weights(
-            x, x_read, size, rows, i_x, i_r, i_p, 0, o_d, o_h, mask, b_gate, b_up, b_down, n_gate, n_up, eps, D, HID, PARTS, NORM
+            x, x_read, size, rows, i_x, i_r, i_p, 0, o_d, o_h, mask, b_gate, b_up, b_down, n_gate, n_up, eps, D, HID, PARTS, NORM, FAST
         )  # fmt: skip
         store_three(m, i_x, o_d, o_h, mask, z_gate, z_up, z_down, D, HID)
         if SAVE_M:
@@ -113,14 +113,14 @@ def ttt_mlp_fwd_chain_kernel(
             i_r = (slot + i_c) * H + i_h
             if NORM != NONE:
                 # what a slower program still reads is not what is written next: two buffers by turns
-                size_down = row_sizes(rows + (i_c % 2) * X * (PARTS * D), i_x, o_d, D, PARTS)
+                size_down = row_sizes(rows + (i_c % 2) * X * (PARTS * D), i_x, o_d, D, PARTS, FAST)
                 if i_p == 0:
                     tl.store(size + tl.cast(i_r, tl.int64) * (2 * HID + D) + 2 * HID + o_d, size_down, mask=o_d < D)
             p_gate, p_up, p_down = load_three(x, i_r, o_d, o_s, mask_s, D, HID)
             if NORM != NONE:
                 size_gate_s, size_up_s = load_sizes(size, i_r, o_s, D, HID)
                 p_gate, p_up, p_down = point(
-                    p_gate, p_up, p_down, n_gate_s, n_up_s, n_down, size_gate_s, size_up_s, size_down, i_c, eps, NORM
+                    p_gate, p_up, p_down, n_gate_s, n_up_s, n_down, size_gate_s, size_up_s, size_down, i_c, eps, NORM, FAST
                 )  # fmt: skip
             start, stop = chunk_span(i_c, length, held, chunk_size)
             d_gate, d_up, d_down = descent(
@@ -151,12 +151,12 @@ def ttt_mlp_fwd_chain_kernel(
                 if NORM != NONE:
                     size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
                     b_gate, b_up, b_down = point(
-                        b_gate, b_up, b_down, n_gate, n_up, n_down, size_gate, size_up, size_down, i_c, eps, NORM
+                        b_gate, b_up, b_down, n_gate, n_up, n_down, size_gate, size_up, size_down, i_c, eps, NORM, FAST
                     )  # fmt: skip
                 b_gate, b_up, b_down = b_gate + z_gate, b_up + z_up, b_down + z_down
                 store_weights(
                     x, x_read, size, rows + (1 - i_c % 2) * X * (PARTS * D), i_x, i_r + H, i_p, i_c + 1, o_d, o_h, mask,
-                    b_gate, b_up, b_down, n_gate, n_up, eps, D, HID, PARTS, NORM,
+                    b_gate, b_up, b_down, n_gate, n_up, eps, D, HID, PARTS, NORM, FAST,
                 )  # fmt: skip
                 store_three(m, i_x, o_d, o_h, mask, z_gate, z_up, z_down, D, HID)
                 if SAVE_M:
@@ -169,7 +169,7 @@ def ttt_mlp_fwd_chain_kernel(
 
         i_r = (slot + written) * H + i_h
         if NORM != NONE:
-            size_down = row_sizes(rows + (written % 2) * X * (PARTS * D), i_x, o_d, D, PARTS)
+            size_down = row_sizes(rows + (written % 2) * X * (PARTS * D), i_x, o_d, D, PARTS, FAST)
             if i_p == 0:
                 tl.store(size + tl.cast(i_r, tl.int64) * (2 * HID + D) + 2 * HID + o_d, size_down, mask=o_d < D)
         if KEEP:
@@ -177,7 +177,7 @@ def ttt_mlp_fwd_chain_kernel(
             if NORM == POST_WRITE:
                 size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
                 b_gate, b_up, b_down = point(
-                    b_gate, b_up, b_down, n_gate, n_up, n_down, size_gate, size_up, size_down, written, eps, NORM
+                    b_gate, b_up, b_down, n_gate, n_up, n_down, size_gate, size_up, size_down, written, eps, NORM, FAST
                 )  # fmt: skip
             store_public(e_gate, e_up, e_down, i_x, o_d, o_h, mask, b_gate, b_up, b_down, D, HID)
             z_gate, z_up, z_down = load_three(m, i_x, o_d, o_h, mask, D, HID)
