@@ -175,7 +175,8 @@ def add_memory(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output
     state = None if layout.cache is None else layout.cache.layers[attention.layer_idx].memory
     if layout.indices is not None and layout.indices.shape[0] == 0:
         return None
-    y = attention.memory(layout.pack(x), layout.pack(output[0]), state=state, cu_seqlens=layout.cu_seqlens, active=layout.active)
+    options = {"state": state, "cu_seqlens": layout.cu_seqlens, "active": layout.active}
+    y = attention.memory(layout.pack(x), layout.pack(output[0]), **options, overwrite_attn=True)
     return (layout.unpack(y), *output[1:])
 
 

@@ -247,7 +247,7 @@ class MemoryBranch(nn.Module):
             state.started = True
         gate = None if inputs.gate is None else inputs.gate.to(x.dtype)
         readout = gated_fusion(None, memory, None, gate=gate, norm_weight=self.readout_norm, eps=config.norm_eps, impl=config.impl)
-        if attn is not None and overwrite_attn and self._folds(attn):
+        if attn is not None and overwrite_attn and self._folds(attn, readout):
             return self._add_folded(attn, readout)
         out = F.linear(readout, self.out_proj.weight.to(x.dtype))
         if active is not None:
@@ -328,9 +328,10 @@ class MemoryBranch(nn.Module):
             state.memory.copy_(rows, after.detach(), rows)
         return o
 
-    def _folds(self, attn: Tensor) -> bool:
+    def _folds(self, attn: Tensor, readout: Tensor) -> bool:
         """Whether folding alpha into the output projection is worth it: it costs a pass over the weights and saves three over `attn`."""
-        return not torch.is_grad_enabled() and attn.is_contiguous() and attn.shape[0] * attn.shape[1] > self.out_proj.in_features
+        fits = attn.is_contiguous() and attn.dtype == readout.dtype and not torch.is_grad_enabled()
+        return fits and attn.shape[0] * attn.shape[1] > self.out_proj.in_features
 
     def _add_folded(self, attn: Tensor, readout: Tensor) -> Tensor:
         """attn + Linear_out(readout) * alpha, into `attn`: one product whose epilogue adds. An inactive row's readout is 0."""

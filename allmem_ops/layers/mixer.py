@@ -141,7 +141,8 @@ class TokenMixer(nn.Module):
             check_dtype("active", active, torch.bool)
         x = self.norm(x)
         y = self.o_proj(self._attend(x, state, cu_seqlens, active).flatten(2))
-        out = self.memory(x, y, state=None if state is None else state.memory, cu_seqlens=cu_seqlens, active=active)
+        memory_state = None if state is None else state.memory
+        out = self.memory(x, y, state=memory_state, cu_seqlens=cu_seqlens, active=active, overwrite_attn=True)
         return out if active is None else torch.where(active[:, None, None], out, 0)
 
     def _attend(self, x: Tensor, state: TokenMixerState | None, cu_seqlens: Tensor | None, active: Tensor | None) -> Tensor:

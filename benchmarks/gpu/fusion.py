@@ -54,6 +54,7 @@ def _fusion(T: int, H: int, d: int, form: str, forward: list[Gate], backward: li
     return Contest(
         "gated_fusion", f"T{T}-{H}x{d}-{form}", functools.partial(_build, T, H, d, form),
         work={"forward": (0, 2 * elements), "backward": (0, 2 * elements_back)}, gates={H100: {"forward": forward, "backward": backward}},
+        device_time=True,
     )  # fmt: skip
 
 
