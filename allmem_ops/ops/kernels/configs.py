@@ -27,7 +27,11 @@ class Config(NamedTuple):
 
     def options(self) -> dict[str, int]:
         """The keyword arguments of the launch."""
-        launch = {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.constants, **self.launch_options()}
+
+    def launch_options(self) -> dict[str, int]:
+        """Those of them that are not arguments of the kernel."""
+        launch = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return launch if self.maxnreg is None else {**launch, "maxnreg": self.maxnreg}
 
 

@@ -17,7 +17,7 @@ from allmem_ops._validation import (
 )
 from allmem_ops.ops.swa.cache import WindowCache
 from allmem_ops.ops.swa.reference import swa_reference, swa_step_reference
-from allmem_ops.ops.swa.registration import MAX_HEAD_DIM, swa_chunk, swa_step_chunk, swa_step_triton, swa_triton
+from allmem_ops.ops.swa.registration import MAX_HEAD_DIM, run_triton, swa_chunk, swa_step_chunk, swa_step_triton
 
 
 def swa(
@@ -99,7 +99,7 @@ def swa(
     check_int("window", window, 1)
     check_int("sinks", sinks, 0)
     check_bool("return_lse", return_lse)
-    run = {"reference": swa_reference, "chunk": swa_chunk, "triton": swa_triton}[_resolve("swa", impl, q)]
+    run = {"reference": swa_reference, "chunk": swa_chunk, "triton": run_triton}[_resolve("swa", impl, q)]
     o, lse = run(q, k, v, q_sinks, cu_seqlens, window, sinks, _scale(scale, q))
     return (o, lse) if return_lse else o
 

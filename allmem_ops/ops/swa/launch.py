@@ -1,16 +1,15 @@
 """Launch of the `swa` forward kernel, and what every launch of `swa` shares: strides, tensor descriptors, bounds of a grid."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from allmem_ops.ops.kernels.configs import Config, Table, choose
 from allmem_ops.ops.kernels.device import gpu_class
+from allmem_ops.ops.kernels.launcher import launch, pointer_class, stride_class, unchecked
 from allmem_ops.ops.swa.kernels.fwd import swa_fwd_kernel
 
 LOG2E = 1.4426950408889634
@@ -18,12 +17,7 @@ LOG2E = 1.4426950408889634
 
 def padded_head_dim(D: int) -> int:
     """The head dim that kernels compute with: a power of two, at least 16, the least depth of a matrix product."""
-    return max(triton.next_power_of_2(D), 16)
-
-
-def strides(**tensors: Tensor | None) -> Mapping[str, int]:
-    """`stride_<name><b|t|h|d>` of tensors [B, T, H, D]; 0 for None."""
-    return {f"stride_{name}{dim}": 0 if x is None else x.stride(i) for name, x in tensors.items() for i, dim in enumerate("bthd")}
+    return max(1 << (D - 1).bit_length(), 16)
 
 
 def describable(x: Tensor) -> bool:
@@ -33,15 +27,16 @@ def describable(x: Tensor) -> bool:
 
 
 def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    """`x` [B, T, H, D] as [B, H, T, D], read in tiles [1, 1, rows, cols]: zeros past T and D."""
+    """`x` [B, T, H, D], `describable`, as [B, H, T, D], read in tiles [1, 1, rows, cols]: zeros past T and D."""
+    (B, T, H, D), (b, t, h, _) = x.shape, x.stride()
     # The stride of a dimension of one element means nothing, and need not be a multiple of 16 bytes.
-    (B, T, H, D), (b, t, h) = x.shape, (16 if n == 1 else s for n, s in zip(x.shape[:3], x.stride(), strict=False))
-    return TensorDescriptor(x, [B, H, T, D], [b, h, t, 1], [1, 1, rows, cols])
+    strides = (b if B > 1 else 16, h if H > 1 else 16, t if T > 1 else 16, 1)
+    return unchecked(TensorDescriptor, base=x, shape=(B, H, T, D), strides=strides, block_shape=[1, 1, rows, cols])
 
 
 def query_block_count(Tq: int, cu_seqlens: Tensor | None, size: int) -> int:
     """Blocks of `size` queries that cover one sequence, or every packing of as many sequences (see `_find_sequence`)."""
-    return triton.cdiv(Tq, size) if cu_seqlens is None else Tq // size + cu_seqlens.shape[0] - 1
+    return -(-Tq // size) if cu_seqlens is None else Tq // size + cu_seqlens.shape[0] - 1
 
 
 def shape_class(q: Tensor) -> tuple[str, int]:
@@ -103,14 +98,12 @@ def _launch(
 ) -> None:
     (B, Tq, HQ, D), (_, Tk, HK, _) = q.shape, k.shape
     G, BD = HQ // HK, padded_head_dim(D)
-    options = config.options()
-    BM, BN = options["BM"], options["BN"]
-    options["BG"] = BG = math.gcd(options["BG"], G)
-    options["TMA"] = TMA = bool(options["TMA"]) and describable(k) and describable(v)
+    BM, BN, BG, TMA = (config.constants[name] for name in ("BM", "BN", "BG", "TMA"))
+    BG = math.gcd(BG, G)
+    TMA = bool(TMA) and describable(k) and describable(v)
     blocks = query_block_count(Tq, cu_seqlens, BM // BG)
-    # A window or sinks beyond the sequence are the sequence: positions stay int32 in the kernel.
-    window, sinks = min(window, Tk), min(sinks, Tk)
-    swa_fwd_kernel[(blocks * (HQ // BG) * B,)](
+    absent = (0, 0, 0, 1)
+    args = (
         q,
         q_sinks,
         descriptor(k, BN, BD) if TMA else k,
@@ -118,18 +111,30 @@ def _launch(
         o,
         lse,
         cu_seqlens,
-        **strides(q=q, f=q_sinks, k=k, v=v),
-        Tq=Tq,
-        Tk=Tk,
-        HQ=HQ,
-        G=G,
-        blocks=blocks,
-        sequences=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        window=window,
-        sinks=sinks,
-        scale_log2=scale * LOG2E,
-        D=D,
-        BD=BD,
-        PRECISION="ieee",
-        **options,
+        *q.stride(),
+        *(absent if q_sinks is None else q_sinks.stride()),
+        *(absent if TMA else k.stride()),
+        *(absent if TMA else v.stride()),
+        Tq,
+        Tk,
+        HQ,
+        G,
+        blocks,
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        # A window or sinks beyond the sequence are the sequence: positions stay int32 in the kernel.
+        min(window, Tk),
+        min(sinks, Tk),
+        scale * LOG2E,
+        D,
+        BD,
+        BM,
+        BN,
+        BG,
+        TMA,
+        "ieee",
     )
+    options = config.launch_options()
+    tensors = (q, q_sinks, cu_seqlens) if TMA else (q, q_sinks, cu_seqlens, k, v)
+    key = (D, BM, BN, BG, TMA, *options.values(), *map(pointer_class, tensors), *map(stride_class, (q, q_sinks)))
+    key = key if TMA else (*key, stride_class(k), stride_class(v))
+    launch(swa_fwd_kernel, key, q.device, blocks * (HQ // BG) * B, args, options)

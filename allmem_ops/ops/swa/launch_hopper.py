@@ -1,17 +1,18 @@
 """Launch of the Hopper form of the `swa` forward (kernels/hopper_fwd.py), and which calls it serves."""
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from allmem_ops.ops.kernels.configs import Config, Table, choose
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
+from allmem_ops.ops.kernels.launcher import launch, pointer_class, unchecked
 from allmem_ops.ops.swa.kernels.hopper_fwd import swa_fwd_hopper_kernel
 from allmem_ops.ops.swa.launch import LOG2E, describable
 
 ROWS = 64  # of a warpgroup; a program has two
+_LAYOUT = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 # By (head dim, query heads of a key/value head in a program). With one head at D = 128 there are no registers to scale the output
 # under the scores (SPLIT).
@@ -54,45 +55,52 @@ def swa_hopper_forward(
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    blocks = triton.cdiv(Tq, span) if cu_seqlens is None else Tq // span + sequences
+    blocks = -(-Tq // span) if cu_seqlens is None else Tq // span + sequences
     packs = HQ // heads
     items = B * blocks * packs
 
     def run(config: Config) -> None:
-        options = config.options()
-        swa_fwd_hopper_kernel[(min(items, sm_count(q.device)),)](
+        BN = config.constants["BN"]
+        k_diagonal, v_diagonal, k_band, v_band = (_descriptor(x, rows) for rows in (span, BN) for x in (k, v))
+        args = (
             _descriptor(q, ROWS),
-            _descriptor(k, span),
-            _descriptor(v, span),
-            _descriptor(k, options["BN"]),
-            _descriptor(v, options["BN"]),
+            k_diagonal,
+            v_diagonal,
+            k_band,
+            v_band,
             _descriptor(o, ROWS),
             o,
             lse,
             cu_seqlens,
-            Tq=Tq,
-            offset=Tk - Tq,
+            Tq,
+            Tk - Tq,
             # A window or sinks beyond the sequence are the sequence: positions stay int32 in the kernel.
-            window=min(window, Tk),
-            sinks=min(sinks, Tk),
-            group=group,
-            packs=packs,
-            blocks=blocks,
-            sequences=sequences,
-            items=items,
-            scale_log2=scale * LOG2E,
-            D=D,
-            HEADS=heads,
-            **options,
+            min(window, Tk),
+            min(sinks, Tk),
+            group,
+            packs,
+            blocks,
+            sequences,
+            items,
+            scale * LOG2E,
+            D,
+            BN,
+            config.constants["STAGES"],
+            heads,
+            config.constants["PING"],
+            config.constants["SPLIT"],
         )
+        options = config.launch_options()
+        key = (q.dtype, D, heads, *config.constants.values(), *options.values(), pointer_class(cu_seqlens))
+        launch(swa_fwd_hopper_kernel, key, q.device, min(items, sm_count(q.device)), args, options)
 
     run(config or choose("swa_fwd_hopper", TABLE, gpu_class(q.device), (D, heads), run))
     return o, lse
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """`x` [B, T, H, D] in tiles [1, rows, 1, D]: zeros before the first and past the last row."""
+    """`x` [B, T, H, D], `describable`, in tiles [1, rows, 1, D]: zeros before the first and past the last row."""
+    (B, T, H, D), (b, t, h, _) = x.shape, x.stride()
     # The stride of a dimension of one element means nothing, and need not be a multiple of 16 bytes.
-    strides = [16 if n == 1 else s for n, s in zip(x.shape[:3], x.stride(), strict=False)]
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, x.shape[3]], layout)
+    strides = (b if B > 1 else 16, t if T > 1 else 16, h if H > 1 else 16, 1)
+    return unchecked(TensorDescriptor, base=x, shape=(B, T, H, D), strides=strides, block_shape=[1, rows, 1, D], layout=_LAYOUT)
