@@ -51,6 +51,6 @@ def test_pinned_configs_compile_with_bounded_spills(gpu):
     for line in lines:
         _, dtype, _, _, registers, spilled, shared, wgmma = line
         assert int(registers) <= 255, line
-        assert int(spilled) <= (0 if gpu == "sm90" else 96), line
+        assert int(spilled) <= (0 if gpu == "sm90" and dtype == "bf16" else 96), line
         assert int(shared) <= SHARED[gpu], line
         assert int(wgmma) == (gpu == "sm90" and dtype == "bf16"), line
