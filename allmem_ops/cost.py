@@ -196,11 +196,13 @@ def memory_state_bytes(shape: MixerShape) -> int:
 
     float32 for each head: weights, momentum and the open chunk's gradient sums, 3 times 3 d h; row norms of the initial weights,
     h + h + d; the sum of mu, 1; the rates of a tail of 64 tokens, whose keys and values are in the activations' dtype. Three
-    int64 counters. The convolution keeps conv_size - 1 inputs of 3 H d channels in the activations' dtype.
+    int64 counters. With half-precision activations also the weights in their dtype, 3 d h. The convolution keeps conv_size - 1 inputs
+    of 3 H d channels in the activations' dtype.
     """
     d, h = shape.memory_dim, shape.memory_hidden
     tail = TAIL_TOKENS * (2 * d * shape.element_size + 3 * 4)
-    state = shape.memory_heads * (4 * (9 * d * h + 2 * h + d + 1) + tail) + 3 * 8
+    rounded = 3 * d * h * shape.element_size if shape.element_size == 2 else 0
+    state = shape.memory_heads * (4 * (9 * d * h + 2 * h + d + 1) + tail + rounded) + 3 * 8
     return state + (shape.conv_size - 1) * 3 * shape.memory_heads * d * shape.element_size
 
 

@@ -224,10 +224,15 @@ def ttt_mlp_step(
         if impl == "reference":
             with ieee_float32():
                 fold_(carry, state.held_back(), active, options)
-                return step_reference(q, k, v, eta, mu, carry, state.position, active, options)
+                o = step_reference(q, k, v, eta, mu, carry, state.position, active, options)
+                state.refresh()
+                return o
         changed = [*carry.w, *carry.m, *carry.g, carry.mu_sum, carry.count, state.position, *state.held_back()]
-        run = ttt_mlp_step_triton if impl == "triton" else ttt_mlp_step_chunk
-        return run(q, k, v, eta, mu, changed, list(carry.n), active, *options)
+        if impl == "triton":
+            return ttt_mlp_step_triton(q, k, v, eta, mu, [*changed, *state.rounded], list(carry.n), active, *options)
+        o = ttt_mlp_step_chunk(q, k, v, eta, mu, changed, list(carry.n), active, *options)
+        state.refresh()
+        return o
 
 
 def _resolve(op: str, impl: str, q: Tensor, h: int) -> str:

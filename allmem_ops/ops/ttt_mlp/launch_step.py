@@ -19,7 +19,7 @@ from allmem_ops.ops.ttt_mlp.reference import Options
 
 _NORM = {"none": NONE.value, "pre_write": PRE_WRITE.value, "post_write": POST_WRITE.value}
 _NAMES = [f"{kind}_{matrix}" for kind in "wmg" for matrix in ("gate", "up", "down")]
-_NAMES += ["mu_sum", "count", "position", "tail_k", "tail_v", "tail_eta", "tail", "n_gate", "n_up", "n_down"]
+_NAMES += ["mu_sum", "count", "position", "tail_k", "tail_v", "tail_eta", "tail"]
 
 # (padded d, dtype of q): HS hidden units and BT tokens at a time when the tail is folded. These kernels spill easily: every
 # entry compiles for sm_90 with at most 8 bytes of it, and the products of fp32 operands (also float16's with a rate) need the
@@ -50,7 +50,7 @@ def ttt_mlp_step(
     options: Options,
 ) -> Tensor:
     """o; `state` (see the operator) is changed in place."""
-    for name, x in zip(_NAMES, (*state, *norms), strict=True):
+    for name, x in zip((*_NAMES, "n_gate", "n_up", "n_down"), (*state[:16], *norms), strict=True):
         if not x.is_contiguous():
             fail(f"state.{name}", "must be contiguous", f"strides {list(x.stride())}")
     N, T, H, d = q.shape
@@ -58,7 +58,8 @@ def ttt_mlp_step(
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if N * H == 0:
         return o
-    *matrices, mu_sum, count, position, tail_k, tail_v, tail_eta, tail = state
+    *matrices, mu_sum, count, position, tail_k, tail_v, tail_eta, tail = state[:16]
+    rounded = state[16:] or matrices[:3]
     tails = tail_k, tail_v, tail_eta
     seen = torch.empty(N, 2, dtype=torch.int32, device=q.device)
     chunk_size, norm, residual, grad_clip, eps = options
@@ -72,17 +73,33 @@ def ttt_mlp_step(
         launch = {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
         strides = [s for x in (q, k, v, eta, mu) for s in (x.stride(0), *x.stride()[2:])]
         ttt_mlp_step_token_kernel[N * H,](
-            q, k, v, eta, mu, *matrices[:3], mu_sum, *tails, count, tail, active, seen, o, H, *strides, stride_a,
+            q, k, v, eta, mu, *rounded, mu_sum, *tails, count, tail, active, seen, o, H, *strides, stride_a,
             **sizes, HS=min(_padded(h), 8192 // BD), RESIDUAL=residual, num_warps=8, **launch,
         )  # fmt: skip
         ttt_mlp_step_fold_kernel[min(N * H, sm_count(q.device)),](
-            *matrices, *norms, mu_sum, *tails, count, position, tail, seen, N, H, chunk_size, grad_clip, eps, **fold, **launch
+            *matrices[:3],
+            *rounded,
+            *matrices[3:],
+            *norms,
+            mu_sum,
+            *tails,
+            count,
+            position,
+            tail,
+            seen,
+            N,
+            H,
+            chunk_size,
+            grad_clip,
+            eps,
+            **fold,
+            **launch,
         )
     else:
         strides = [s for x in (q, k, v, eta, mu) for s in x.stride()]
         ttt_mlp_step_segments_kernel[N * H,](
-            q, k, v, eta, mu, *matrices, *norms, mu_sum, *tails, count, tail, active, seen, o, H, T, chunk_size, grad_clip, eps,
-            *strides, stride_a, **fold, RESIDUAL=residual,
+            q, k, v, eta, mu, *matrices[:3], *rounded, *matrices[3:], *norms, mu_sum, *tails, count, tail, active, seen, o, H, T,
+            chunk_size, grad_clip, eps, *strides, stride_a, **fold, RESIDUAL=residual,
         )  # fmt: skip
         ttt_mlp_step_count_kernel[-(-N // 128),](count, position, tail, seen, N, T, chunk_size)
     return o

@@ -272,7 +272,7 @@ def ttt_mlp_step_triton(
     grad_clip: float | None,
     eps: float,
 ) -> Tensor:
-    """As `ttt_mlp_step_chunk`; the tail holds the newest tokens afterwards."""
+    """As `ttt_mlp_step_chunk`, `state` followed by `MemoryState.rounded`; the tail holds the newest tokens afterwards."""
     from allmem_ops.ops.ttt_mlp.launch_step import ttt_mlp_step
 
     mark_changed(state)

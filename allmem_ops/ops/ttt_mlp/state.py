@@ -1,7 +1,7 @@
 """`MemoryState`: what the memory carries from token to token, in constant bytes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class MemoryState(RowState):
     Made by `MemoryState.initial` or by `ttt_mlp(..., output_final_state=True)`; `ttt_mlp_step` changes it in place,
     `ttt_mlp` never does. Gradients reach weights and momentum alone.
 
+    With a half-precision `dtype` it also holds the weights rounded to that dtype, half the bytes of what a step has to read.
+    They are made from the weights when the state is and follow every change that a method or an operator makes; whoever
+    writes into the weights by other means calls `refresh`.
+
     Args:
         w_gate, w_up, w_down: weights [N, H, h, d], [N, H, h, d], [N, H, d, h].
         m_gate, m_up, m_down: momentum, of the same shapes.
@@ -99,6 +103,41 @@ class MemoryState(RowState):
     grad_clip: float | None
     eps: float
     dtype: str
+    _rounded: tuple[Tensor, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        dtype = _DTYPES.get(self.dtype)  # an unknown one is for `check` to refuse
+        rounded = dtype is not None and dtype.itemsize == 2
+        weights = (self.w_gate, self.w_up, self.w_down)
+        self._rounded = tuple(w.detach().to(dtype, memory_format=torch.contiguous_format) for w in weights) if rounded else ()
+
+    @property
+    def rounded(self) -> tuple[Tensor, ...]:
+        """The weights in `dtype` where that is half precision, else nothing."""
+        return self._rounded
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the weights again, after a change of them in place."""
+        for into, w in zip(self._rounded, (self.w_gate, self.w_up, self.w_down), strict=False):
+            into.copy_(w)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows: the same at every position."""
+        return super().nbytes + sum(t.numel() * t.element_size() for t in self._rounded)
+
+    def detach(self) -> "MemoryState":
+        """The same tensors without their autograd history; storage is shared."""
+        made = super().detach()
+        made._rounded = self._rounded
+        return made
+
+    def copy_(self, rows: Tensor | Sequence[int], other: "MemoryState", other_rows: Tensor | Sequence[int]) -> "MemoryState":
+        """Overwrite row `rows[i]` with row `other_rows[i]` of `other`, in place; `rows` are distinct, `other` may be `self`."""
+        super().copy_(rows, other, other_rows)
+        self.refresh()
+        return self
 
     @classmethod
     def initial(
@@ -195,6 +234,7 @@ class MemoryState(RowState):
         for name, x in self.tensors().items():
             if name[0] not in "wn":
                 x.index_fill_(0, index, 0)
+        self.refresh()
 
     def check(self) -> None:
         """Raise `ValueError` unless options, shapes, dtypes and devices fit together."""

@@ -141,3 +141,32 @@ def test_momentum_and_weights_keep_their_graph():
         assert t.requires_grad == (name in LEARNT), name
     assert not any(t.requires_grad for t in state.detach().tensors().values())
     assert not any(t.requires_grad for t in state.shared().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_rounded_weights_follow_every_change(dtype):
+    x = inputs(batch=3, length=6, dtype=dtype, grad=False)
+    state = some_state(x, 3, 4, [1, 0, 3]).detach()
+
+    def follow(s):
+        assert len(s.rounded) == 3 and all(r.dtype == dtype for r in s.rounded)
+        return all(torch.equal(r, w.to(dtype)) for r, w in zip(s.rounded, (s.w_gate, s.w_up, s.w_down), strict=True))
+
+    assert follow(state) and follow(ttt_mlp(**x, chunk_size=4, initial_state=state, output_final_state=True).state)
+    for impl in ("reference", "chunk"):
+        ttt_mlp_step(*(x[name] for name in TOKENS), state, active=torch.tensor([True, False, True]), impl=impl)
+        assert follow(state)
+    other = MemoryState.initial(*(x[name] for name in WEIGHTS), batch=2, chunk_size=4, dtype=dtype)
+    for made in (state.index_select([2, 0]), state.clone(), state.copy_([1], other, [0]), MemoryState.from_state_dict(state.state_dict())):
+        assert follow(made)
+    assert state.detach().rounded is state.rounded
+    assert state.clone().rounded[0].data_ptr() != state.rounded[0].data_ptr()
+    state.reset([0])
+    assert follow(state)
+    state.w_up.mul_(2)
+    assert not follow(state)
+    state.refresh()
+    assert follow(state)
+    # the weights in half precision are not part of the fields, and a float32 state needs none
+    assert state.nbytes == sum(t.nbytes for t in state.tensors().values()) + state.w_gate.numel() * 3 * 2
+    assert not MemoryState.initial(*(x[name] for name in WEIGHTS), batch=1).rounded

@@ -2,7 +2,8 @@
 
 One program has one head of one sequence, all of its hidden units, so that row norms, the clip and the commit need nobody
 else. A token is read at the weights as they are and appended to the tail; G takes the tail in when that is full or the chunk
-is (`tail.py` says why), and a full chunk is committed.
+is (`tail.py` says why), and a full chunk is committed. r_*: what reads use, the weights in q's dtype (`MemoryState.rounded`; the
+weights themselves for float32).
 
 * One token: the first kernel reads and appends, and is all that most steps need. The second one folds and commits where a
   sequence is due, and moves the counters on, which no program of it needs: it takes them from a copy that the first one made.
@@ -129,10 +130,10 @@ def _square(p, i_x, o_d, D: tl.constexpr, HID: tl.constexpr, HS: tl.constexpr, D
 
 @triton.jit
 def _commit_matrix(
-    w, m, g, n, i_x, o_d, mu, grad_clip, s_down, eps,
+    w, r, m, g, n, i_x, o_d, mu, grad_clip, s_down, eps,
     D: tl.constexpr, HID: tl.constexpr, HS: tl.constexpr, NORM: tl.constexpr, DOWN: tl.constexpr,
 ):  # fmt: skip
-    """M = mu M - clip(G), W = write point + M, G = 0 for one matrix; s_down: the scales of Wdown's rows."""
+    """M = mu M - clip(G), W = write point + M, G = 0 for one matrix; r: what reads it; s_down: the scales of Wdown's rows."""
     factor = 1.0
     if grad_clip is not None:
         factor = _clip_factor(_square(g, i_x, o_d, D, HID, HS, DOWN), grad_clip)
@@ -161,13 +162,14 @@ def _commit_matrix(
             else:
                 b_w = _unit_scaled(b_w, n, i_x, o_h, eps, HID)
         _store(w, b_w, i_x, o_d, o_h, D, HID, DOWN)
+        _store(r, tl.cast(b_w, r.dtype.element_ty), i_x, o_d, o_h, D, HID, DOWN)
         _store(m, b_m, i_x, o_d, o_h, D, HID, DOWN)
         _store(g, tl.zeros_like(b_m), i_x, o_d, o_h, D, HID, DOWN)
 
 
 @triton.jit
 def _commit(
-    w_gate, w_up, w_down, m_gate, m_up, m_down, g_gate, g_up, g_down, n_gate, n_up, n_down, i_x, mu, grad_clip, eps,
+    w_gate, w_up, w_down, r_gate, r_up, r_down, m_gate, m_up, m_down, g_gate, g_up, g_down, n_gate, n_up, n_down, i_x, mu, grad_clip, eps,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """The write of a full chunk, whose mean of mu is `mu`."""
@@ -175,9 +177,9 @@ def _commit(
     s_down = tl.zeros([BD], tl.float32)
     if NORM == PRE_WRITE:
         s_down = _down_scale(w_down, n_down, i_x, o_d, eps, D, HID, HS)
-    _commit_matrix(w_gate, m_gate, g_gate, n_gate, i_x, o_d, mu, grad_clip, s_down, eps, D, HID, HS, NORM, False)
-    _commit_matrix(w_up, m_up, g_up, n_up, i_x, o_d, mu, grad_clip, s_down, eps, D, HID, HS, NORM, False)
-    _commit_matrix(w_down, m_down, g_down, n_down, i_x, o_d, mu, grad_clip, s_down, eps, D, HID, HS, NORM, True)
+    _commit_matrix(w_gate, r_gate, m_gate, g_gate, n_gate, i_x, o_d, mu, grad_clip, s_down, eps, D, HID, HS, NORM, False)
+    _commit_matrix(w_up, r_up, m_up, g_up, n_up, i_x, o_d, mu, grad_clip, s_down, eps, D, HID, HS, NORM, False)
+    _commit_matrix(w_down, r_down, m_down, g_down, n_down, i_x, o_d, mu, grad_clip, s_down, eps, D, HID, HS, NORM, True)
 
 
 # ---- counters
@@ -214,7 +216,7 @@ def _advance(count, position, tail, seen, o_n, N, T, chunk_size):
 
 @triton.jit
 def ttt_mlp_step_token_kernel(
-    q, k, v, eta, mu, w_gate, w_up, w_down, mu_sum, tail_k, tail_v, tail_eta, count, tail, active, seen, o, H,
+    q, k, v, eta, mu, r_gate, r_up, r_down, mu_sum, tail_k, tail_v, tail_eta, count, tail, active, seen, o, H,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kd, stride_vb, stride_vh, stride_vd, stride_eb, stride_eh, stride_ei,
     stride_mb, stride_mh, stride_a,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
@@ -241,13 +243,13 @@ def ttt_mlp_step_token_kernel(
         o_w = i_x * (D * HID) + o_h[:, None] * D + o_d[None, :]
         o_down = i_x * (D * HID) + o_d[:, None] * HID + o_h[None, :]
         # All loads before the first use: they are what this kernel waits for.
-        b_gate = tl.load(w_gate + o_w, mask=m_w, other=0.0)
-        b_up = tl.load(w_up + o_w, mask=m_w, other=0.0)
-        b_down = tl.load(w_down + o_down, mask=m_d[:, None] & (o_h < HID)[None, :], other=0.0)
-        b_a = tl.sum(b_gate * b_q[None, :], 1)
-        b_b = tl.sum(b_up * b_q[None, :], 1)
+        b_gate = tl.load(r_gate + o_w, mask=m_w, other=0.0)
+        b_up = tl.load(r_up + o_w, mask=m_w, other=0.0)
+        b_down = tl.load(r_down + o_down, mask=m_d[:, None] & (o_h < HID)[None, :], other=0.0)
+        b_a = tl.sum(tl.cast(b_gate, tl.float32) * b_q[None, :], 1)
+        b_b = tl.sum(tl.cast(b_up, tl.float32) * b_q[None, :], 1)
         b_s = b_a * tl.sigmoid(b_a) * b_b
-        b_o += tl.sum(b_down * b_s[None, :], 1)
+        b_o += tl.sum(tl.cast(b_down, tl.float32) * b_s[None, :], 1)
     if RESIDUAL:
         b_o += b_q
     tl.store(o + i_x * D + o_d, tl.where(on, b_o, 0.0), mask=m_d)
@@ -266,8 +268,8 @@ def ttt_mlp_step_token_kernel(
 
 @triton.jit(do_not_specialize=["N", "chunk_size", "eps", "grad_clip"])
 def ttt_mlp_step_fold_kernel(
-    w_gate, w_up, w_down, m_gate, m_up, m_down, g_gate, g_up, g_down, n_gate, n_up, n_down, mu_sum, tail_k, tail_v, tail_eta,
-    count, position, tail, seen, N, H, chunk_size, grad_clip, eps,
+    w_gate, w_up, w_down, r_gate, r_up, r_down, m_gate, m_up, m_down, g_gate, g_up, g_down, n_gate, n_up, n_down,
+    mu_sum, tail_k, tail_v, tail_eta, count, position, tail, seen, N, H, chunk_size, grad_clip, eps,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, BT: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -302,8 +304,8 @@ def ttt_mlp_step_fold_kernel(
                 tl.debug_barrier()
                 mean = tl.load(mu_sum + i_x) / chunk_size
                 _commit(
-                    w_gate, w_up, w_down, m_gate, m_up, m_down, g_gate, g_up, g_down, n_gate, n_up, n_down, i_x, mean, grad_clip, eps,
-                    D, HID, BD, HS, NORM,
+                    w_gate, w_up, w_down, r_gate, r_up, r_down, m_gate, m_up, m_down, g_gate, g_up, g_down, n_gate, n_up, n_down,
+                    i_x, mean, grad_clip, eps, D, HID, BD, HS, NORM,
                 )  # fmt: skip
                 tl.debug_barrier()
                 tl.store(mu_sum + i_x, 0.0)
@@ -316,7 +318,7 @@ def ttt_mlp_step_fold_kernel(
 
 @triton.jit
 def _read(
-    q, o, w_gate, w_up, w_down, i_x, i_n, i_h, H, start, stop, T, stride_qb, stride_qt, stride_qh, stride_qd,
+    q, o, r_gate, r_up, r_down, i_x, i_n, i_h, H, start, stop, T, stride_qb, stride_qt, stride_qh, stride_qd,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, BT: tl.constexpr, RESIDUAL: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """o of the tokens [start, stop), at the weights as they are."""
@@ -331,11 +333,11 @@ def _read(
         for h0 in range(0, HID, HS):
             o_h = h0 + tl.arange(0, HS)
             # [BT, BD] @ [BD, HS] -> [BT, HS]
-            b_a = tl.dot(b_q, tl.cast(_load(w_gate, i_x, o_d, o_h, D, HID, False), dtype), input_precision=PREC)
-            b_b = tl.dot(b_q, tl.cast(_load(w_up, i_x, o_d, o_h, D, HID, False), dtype), input_precision=PREC)
+            b_a = tl.dot(b_q, _load(r_gate, i_x, o_d, o_h, D, HID, False), input_precision=PREC)
+            b_b = tl.dot(b_q, _load(r_up, i_x, o_d, o_h, D, HID, False), input_precision=PREC)
             b_s = tl.cast(b_a * tl.sigmoid(b_a) * b_b, dtype)
             # [BT, HS] @ [HS, BD] -> [BT, BD]
-            b_o = tl.dot(b_s, tl.trans(tl.cast(_load(w_down, i_x, o_d, o_h, D, HID, True), dtype)), b_o, input_precision=PREC)
+            b_o = tl.dot(b_s, tl.trans(_load(r_down, i_x, o_d, o_h, D, HID, True)), b_o, input_precision=PREC)
         if RESIDUAL:
             b_o += tl.cast(b_q, tl.float32)
         tl.store(o + ((i_n * T + o_t)[:, None] * H + i_h) * D + o_d[None, :], tl.cast(b_o, dtype), mask=m_td)
@@ -367,8 +369,8 @@ def _append(
 
 @triton.jit(do_not_specialize=["T", "chunk_size", "eps", "grad_clip"])
 def ttt_mlp_step_segments_kernel(
-    q, k, v, eta, mu, w_gate, w_up, w_down, m_gate, m_up, m_down, g_gate, g_up, g_down, n_gate, n_up, n_down, mu_sum,
-    tail_k, tail_v, tail_eta, count, tail, active, seen, o, H, T, chunk_size, grad_clip, eps,
+    q, k, v, eta, mu, w_gate, w_up, w_down, r_gate, r_up, r_down, m_gate, m_up, m_down, g_gate, g_up, g_down, n_gate, n_up, n_down,
+    mu_sum, tail_k, tail_v, tail_eta, count, tail, active, seen, o, H, T, chunk_size, grad_clip, eps,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd, stride_vb, stride_vt, stride_vh, stride_vd,
     stride_eb, stride_et, stride_eh, stride_ei, stride_mb, stride_mt, stride_mh, stride_a,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, BT: tl.constexpr, NORM: tl.constexpr,
@@ -387,7 +389,7 @@ def ttt_mlp_step_segments_kernel(
         while start < T:
             stop = start + tl.minimum(T - start, tl.minimum(chunk_size - held, TAIL - kept))
             _read(
-                q, o, w_gate, w_up, w_down, i_x, i_n, i_h, H, start, stop, T, stride_qb, stride_qt, stride_qh, stride_qd,
+                q, o, r_gate, r_up, r_down, i_x, i_n, i_h, H, start, stop, T, stride_qb, stride_qt, stride_qh, stride_qd,
                 D, HID, BD, HS, BT, RESIDUAL, PREC,
             )  # fmt: skip
             b_mu += _append(
@@ -409,8 +411,8 @@ def ttt_mlp_step_segments_kernel(
                 tl.debug_barrier()
             if held == chunk_size:
                 _commit(
-                    w_gate, w_up, w_down, m_gate, m_up, m_down, g_gate, g_up, g_down, n_gate, n_up, n_down, i_x, b_mu / chunk_size,
-                    grad_clip, eps, D, HID, BD, HS, NORM,
+                    w_gate, w_up, w_down, r_gate, r_up, r_down, m_gate, m_up, m_down, g_gate, g_up, g_down, n_gate, n_up, n_down,
+                    i_x, b_mu / chunk_size, grad_clip, eps, D, HID, BD, HS, NORM,
                 )  # fmt: skip
                 held = 0
                 b_mu = 0.0
