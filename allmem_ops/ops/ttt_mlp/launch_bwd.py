@@ -1,27 +1,28 @@
-"""Launches of the Triton backward of `ttt_mlp`, from what the forward has saved (launch.py).
+"""Launches of the Triton backward of `ttt_mlp`, from what the forward has saved (slots.py).
 
-    pack    W operands from X: what queries read, what chunks write from         parallel
-    dread   the reads' part of dW, a slot at a time                              parallel
-    dq      dQ                                                                   parallel
-    chain   dX, dM, dN from the last slot to the first, each chunk's dD          serial over chunks
-    tokens  dK, dV, deta, dmu from dD                                            parallel
-    ends    dW_0 with its part in N, summed over the sequences                   parallel
+    pack     operands from X: what queries read, what chunks write from           parallel
+    dread    the reads' part of dW, a slot at a time                              parallel
+    dq       dQ                                                                   parallel
+    chain    dX, dM, dN from the last slot to the first, each chunk's dD          serial over chunks
+    last     dK, dV, deta from dD; dmu; dW_0 with its part in N, summed over      parallel
+             the sequences
 
 Nothing of size [T, h]: `workspace_bytes`.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from allmem_ops._config import settings
 from allmem_ops._validation import short
-from allmem_ops.ops.kernels.configs import Config, candidates
+from allmem_ops.ops.kernels.configs import candidates
 from allmem_ops.ops.kernels.device import gpu_class, interpreted, sm_count
 from allmem_ops.ops.ttt_mlp import configs_bwd
-from allmem_ops.ops.ttt_mlp.kernels import bwd_chain, bwd_ends, bwd_persistent, bwd_read, bwd_tokens
+from allmem_ops.ops.ttt_mlp.kernels import bwd_chain, bwd_last, bwd_persistent, bwd_read
+from allmem_ops.ops.ttt_mlp.kernels.bwd_regions import GROUPS, scratch_size
 from allmem_ops.ops.ttt_mlp.launch import NORM, power_of_two
 from allmem_ops.ops.ttt_mlp.reference import Options
 from allmem_ops.ops.ttt_mlp.slots import Outputs, State
@@ -42,15 +43,50 @@ class Gradients(NamedTuple):
     state: tuple[Tensor, ...] | None  # of the state's w_gate, w_up, w_down, m_gate, m_up, m_down
 
 
-def workspace_bytes(rows: int, slots: int, heads: int, d: int, h: int, operand: int, BH: int, SP: int = 8) -> int:
+class Recipe(NamedTuple):
+    """What launches of one width and dtype have in common: arguments by name, and sizes that grids are made of."""
+
+    wide: torch.dtype  # of operands: float16 lacks the range for gradients
+    pack: dict[str, Any]
+    dread: dict[str, Any]
+    dq: dict[str, Any]
+    chain: dict[str, Any]
+    carry: dict[str, Any]  # what the chain's kernels without a token loop take of it
+    last: dict[str, Any]
+    room: int  # programs of the persistent chain that are resident at a time
+
+
+@functools.cache
+def recipe(gpu: str, sms: int, interpret: bool, d: int, h: int, dtype: torch.dtype) -> Recipe:
+    shape_class = max(power_of_two(d), 16), max(power_of_two(h), 16), short(dtype)
+    shape = {"D": d, "HID": h, "BD": shape_class[0]}
+    math = {"PREC": "tf32" if dtype == torch.float16 else "ieee", "FAST": dtype != torch.float32 and not interpret}
+
+    def of(table: configs_bwd.Table, **more: Any) -> dict[str, Any]:
+        return shape | candidates(table, gpu, shape_class)[0].options() | more
+
+    chain = of(configs_bwd.CHAIN, **math)
+    room = chain.pop("RESIDENT") * sms
+    return Recipe(
+        wide=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+        pack=shape | {"BH": min(32, shape_class[1]), "num_warps": 4},
+        dread=of(configs_bwd.DREAD, **math),
+        dq=of(configs_bwd.DQ, **math),
+        chain=chain,
+        carry={name: chain[name] for name in (*shape, "BH", "num_warps")},
+        last=of(configs_bwd.LAST, **math) | {"BR": min(shape_class[0], 32), "BC": 16, "BS": chain["BH"]},
+        room=room,
+    )
+
+
+def workspace_bytes(sequences: int, slots: int, heads: int, d: int, h: int, operand: int, BH: int, SP: int = 8) -> int:
     """What the backward takes at most beside inputs, saved tensors and gradients; `operand`: 2 bytes for bfloat16, else 4.
 
-    A slot and head: dread (fp32), the write point's gate and up, dD, the write point's down: 24 d h with bfloat16 (the reads' operands
-    are gone by then). Beside it what SP programs for each BH hidden units of `rows` (sequence, head) exchange, dX, dM and dN.
+    For each slot and head dread in fp32 and six matrices of operands, 24 d h bytes with bfloat16. Beside it dX, dM and dN of each sequence
+    and head, and what its SP programs for each BH hidden units exchange.
     """
-    parts = -(-h // BH) * SP
-    of_slots = slots * heads * (12 * d * h + 6 * operand * d * h + 4 * parts)
-    return of_slots + 4 * rows * (parts * (3 * d * BH + 2 * BH + 2 * d + 3) + 6 * d * h + 2 * h + d + 32)
+    R, X = slots * heads, sequences * heads
+    return 6 * operand * R * d * h + 4 * scratch_size(R, X, d, h, BH, -(-h // BH) * SP)
 
 
 def splits(slices: int, room: int) -> int:
@@ -59,15 +95,6 @@ def splits(slices: int, room: int) -> int:
     while 2 * parts * slices <= room and parts < 8:
         parts *= 2
     return parts
-
-
-def _carried(three: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """[N, H, 3, d, h] of gradients of gate, up [N, H, h, d] and down [N, H, d, h], each perhaps None; zeros for three of them."""
-    out = torch.zeros_like(like)
-    for i, x in enumerate(three):
-        if x is not None:
-            out[:, :, i].copy_(x if i == 2 else x.mT)
-    return out
 
 
 def ttt_mlp_triton_backward(
@@ -97,116 +124,100 @@ def ttt_mlp_triton_backward(
         others: as the forward took them.
     """
     chunk_size, norm, residual, grad_clip, eps = options
-    _, tokens, heads, d = q.shape
+    _, tokens, H, d = q.shape
     h = weights[0].shape[1]
     spans = spans_of(q, cu_seqlens, chunk_size, state is not None, keep)
-    sequences, S = spans.sequences, spans.slots
-    rows = sequences * heads
-    weights = [w.contiguous() for w in weights]
+    N = spans.sequences
     new = weights[0].new_empty
-    of_state = None if state is None else tuple(new(sequences, *w.shape) for w in (*weights, *weights))
+    weights = [w.contiguous() for w in weights]
+    of_state = None if state is None else tuple(new(N, *w.shape) for w in (*weights, *weights))
     out = Gradients(*(x.new_empty(x.shape) for x in (q, k, v, eta, mu, *weights)), of_state)
-    if rows == 0:
+    if N * H == 0:
         for x in out[5:8]:
             x.zero_()
         return out
+
+    # Fixed for the call: sizes, spans, and the three buffers that everything else lies in.
+    device = q.device
+    interpret = interpreted(device)
+    r = recipe(gpu_class(device), sm_count(device), interpret, d, h, q.dtype)
+    R, X = spans.slots * H, N * H
+    BH = r.chain["BH"]
+    slices = -(-h // BH)
+    SP = splits(X * slices, r.room)
+    parts = slices * SP
+    operands = new(6 * R * d * h, dtype=r.wide)
+    scratch = new(scratch_size(R, X, d, h, BH, parts))
     count, m_state = (None, (None, None, None)) if state is None else (state.count, [x.contiguous() for x in state[3:6]])
-    wide = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-    precision = "tf32" if q.dtype == torch.float16 else "ieee"
-    fast = q.dtype != torch.float32 and not settings().interpret
-    BD = max(power_of_two(d), 16)
-    shape_class = BD, max(power_of_two(h), 16), short(q.dtype)
-    gpu = gpu_class(q.device)
-
-    def config(table: dict) -> Config:
-        return candidates(table, gpu, shape_class)[0]
-
-    shape = {"D": d, "HID": h, "BD": BD}
-    kind = {"STATE": spans.carried, "PACKED": spans.packed}
-    dots = {"PREC": precision, "FAST": fast}
-    steps = S if spans.packed else spans.steps
-    span = cu_seqlens, count
-    sizes = tokens, chunk_size, heads, steps
-    x, size, n, slots = saved.x, saved.size, saved.n, saved.slots
+    steps = spans.slots if spans.packed else spans.steps
+    span, sizes = (cu_seqlens, count), (tokens, chunk_size, H, steps)
+    x, size, n, slots, first = saved.x, saved.size, saved.n, saved.slots, saved.first
+    momentum = x, saved.m, size, n, *m_state
+    case = {"STATE": spans.carried, "PACKED": spans.packed}
+    END, CLIP, SAVE_M = any(x is not None for x in d_end), grad_clip is not None, saved.m is not None and saved.m.numel() > 0
+    if END:
+        _set_ends(scratch, d_end, R, N, H, d, h)
 
     # the reads
-    pre_write = norm == "pre_write"
-    point_gate_up = new(S, heads, d, 2 * h, dtype=wide)
-    read_gate_up = new(S, heads, d, 2 * h, dtype=wide) if pre_write else point_gate_up
-    read_down = new(S, heads, d, h, dtype=wide)
-    BH = min(32, shape_class[1])
-    bwd_read.ttt_mlp_bwd_pack_kernel[(S * heads, -(-h // BH))](
-        x, size, n, slots, read_gate_up, read_down, point_gate_up, heads, steps, eps,
-        **shape, BH=BH, NORM=NORM[norm], PACKED=spans.packed, num_warps=4,
-    )  # fmt: skip
-    found = config(configs_bwd.DREAD)
-    dread = new(S, heads, 3, d, h)
-    bwd_read.ttt_mlp_bwd_dread_kernel[(S * heads, -(-h // found.constants["BH"]))](
-        q, do, dread, *span, slots, read_gate_up, read_down, *sizes, *q.stride(), *do.stride(), **shape, **kind, **dots, **found.options()
+    same = norm != "pre_write"
+    q_strides, o_strides = q.stride(), do.stride()
+    bwd_read.ttt_mlp_bwd_pack_kernel[R, -(-h // r.pack["BH"])](
+        x, size, n, slots, operands, scratch, R, H, steps, eps, **r.pack, NORM=NORM[norm], PACKED=spans.packed
     )
-    found = config(configs_bwd.DQ)
-    tiles = max(-(-min(chunk_size, tokens) // found.constants["BT"]), 1)
-    grad_strides = out.q.stride()[:3]
-    bwd_read.ttt_mlp_bwd_dq_kernel[(S * heads * tiles,)](
-        q, do, out.q, *span, slots, read_gate_up, read_down, *sizes, tiles, *q.stride(), *do.stride(), *grad_strides,
-        **shape, **kind, RESIDUAL=residual, **dots, **found.options(),
-    )  # fmt: skip
-    del read_gate_up, read_down
+    bwd_read.ttt_mlp_bwd_dread_kernel[-(-h // r.dread["BH"]), R](
+        q, do, *span, slots, operands, scratch, R, X, *sizes, *q_strides, *o_strides, **r.dread, **case, SAME=same
+    )
+    tiles = _tiles(chunk_size, tokens, r.dq)
+    bwd_read.ttt_mlp_bwd_dq_kernel[(R * tiles,)](
+        q, do, out.q, *span, slots, operands, R, *sizes, tiles, *q_strides, *o_strides, **r.dq, **case, SAME=same, RESIDUAL=residual
+    )
 
     # the reverse chain
-    found = config(configs_bwd.CHAIN)
-    constants = dict(found.constants)
-    room = constants.pop("RESIDENT") * sm_count(q.device)
-    BH = constants["BH"]
-    slices = -(-h // BH)
-    SP = splits(rows * slices, room)
-    parts = slices * SP
-    dx, dm = (_carried(three, new(sequences, heads, 3, d, h)) for three in (d_end[:3], d_end[3:]))
-    dn = torch.zeros(sequences, heads, 2 * h + d, dtype=dx.dtype, device=dx.device)
-    d_gate_up, down = (new(S, heads, d, 2 * h, dtype=wide) for _ in range(2))
-    mu_parts, clip_parts = new(S, heads, parts), new(rows, parts, 3)
-    slabs = new(rows, parts, d, 2 * BH), new(rows, parts, d, BH), new(rows, parts, 2, BH), new(rows, parts, 2, d)
-    momentum = saved.m, size, n, *m_state
-    first = saved.first
-    SAVE_M, CLIP = saved.m is not None and saved.m.numel() > 0, grad_clip is not None
-    chain = shape | kind | {"BH": BH, "SP": SP, "NORM": NORM[norm], "KEEP": keep}
-    of_tokens = {"BT": constants["BT"], **dots, "num_warps": found.num_warps, "num_stages": found.num_stages}
-    if persistent if persistent is not None else not interpreted(q.device) and parts <= room:
-        groups = min(rows, room // parts)
-        counters = torch.zeros(groups * 32, dtype=torch.int32, device=q.device)
+    strides = *k.stride(), *v.stride(), *eta.stride()
+    case |= {"KEEP": keep, "NORM": NORM[norm]}
+    what = {"SP": SP, "END": END}
+    if persistent if persistent is not None else not interpret and parts <= r.room:
+        groups = min(X, r.room // parts, GROUPS.value)
         bwd_persistent.ttt_mlp_bwd_chain_kernel[(groups * parts,)](
-            k, v, eta, *span, first, dx, dm, dn, dread, x, *momentum, saved.mu_mean, saved.g_size, point_gate_up, down, d_gate_up,
-            mu_parts, clip_parts, *slabs, counters, rows, tokens, chunk_size, heads, steps, eps, grad_clip,
-            *k.stride(), *v.stride(), *eta.stride(), **chain, CLIP=CLIP, SAVE_M=SAVE_M, **of_tokens, launch_cooperative_grid=True,
+            k, v, eta, *span, first, *momentum, saved.mu_mean, saved.g_size, operands, scratch, R, X, *sizes, eps, grad_clip, *strides,
+            **r.chain, **case, **what, CLIP=CLIP, SAVE_M=SAVE_M, launch_cooperative_grid=True,
         )  # fmt: skip
     else:
-        grid = rows, slices, SP
+        grid = X, slices, SP
         for i_step in range(spans.steps):
-            bwd_chain.ttt_mlp_bwd_slab_kernel[grid](
-                k, v, eta, *span, first, dx, dread, x, point_gate_up, d_gate_up, down, *slabs, tokens, chunk_size, i_step, heads, steps,
-                *k.stride(), *v.stride(), *eta.stride(), **chain, **of_tokens,
-            )  # fmt: skip
+            at = R, X, tokens, chunk_size, i_step, H, steps
+            bwd_chain.ttt_mlp_bwd_slab_kernel[grid](k, v, eta, *span, first, x, operands, scratch, *at, *strides, **r.chain, **case, **what)
             bwd_chain.ttt_mlp_bwd_carry_kernel[grid](
-                *span, first, dx, dm, dn, dread, x, *momentum, saved.mu_mean, down, d_gate_up, mu_parts, clip_parts, *slabs,
-                tokens, chunk_size, i_step, heads, steps, eps, **chain, CLIP=CLIP, SAVE_M=SAVE_M, num_warps=found.num_warps,
-            )  # fmt: skip
+                *span, first, *momentum, saved.mu_mean, operands, scratch, *at, eps, **r.carry, **case, **what, CLIP=CLIP, SAVE_M=SAVE_M
+            )
             if CLIP:
                 bwd_chain.ttt_mlp_bwd_clip_kernel[grid](
-                    *span, first, dm, x, *momentum, saved.mu_mean, saved.g_size, down, d_gate_up, clip_parts,
-                    tokens, chunk_size, i_step, heads, steps, eps, grad_clip, **chain, SAVE_M=SAVE_M, num_warps=found.num_warps,
+                    *span, first, *momentum, saved.mu_mean, saved.g_size, operands, scratch, *at, eps, grad_clip,
+                    **r.carry, **case, SP=SP, SAVE_M=SAVE_M,
                 )  # fmt: skip
 
     # what follows from it
-    found = config(configs_bwd.TOKENS)
-    tiles = max(-(-min(chunk_size, tokens) // found.constants["BT"]), 1)
-    bwd_tokens.ttt_mlp_bwd_tokens_kernel[(S * heads * tiles,)](
-        k, v, eta, out.k, out.v, out.eta, out.mu, *span, slots, point_gate_up, d_gate_up, down, mu_parts, *sizes, tiles,
-        *k.stride(), *v.stride(), *eta.stride(), *grad_strides, **shape, PARTS=parts, BP=max(power_of_two(parts), 2), **kind, KEEP=keep,
-        **dots, **found.options(),
-    )  # fmt: skip
-    BR = min(BD, 32)
-    bwd_ends.ttt_mlp_bwd_ends_kernel[(heads, -(-d // BR), -(-h // 16))](
-        *weights, n, dx, dm, dn, *out[5:8], *(of_state or (None,) * 6), sequences, heads,
-        D=d, HID=h, BD=BR, BH=16, STATE=spans.carried, num_warps=4,
+    tiles = _tiles(chunk_size, tokens, r.last)
+    ends = H * -(-d // r.last["BR"]) * -(-h // r.last["BC"])
+    bwd_last.ttt_mlp_bwd_last_kernel[(R + ends + R * tiles,)](
+        k, v, eta, *out[1:5], *span, slots, *momentum, *weights, *out[5:8], *(of_state or (None,) * 6), operands, scratch,
+        R, N, *sizes, tiles, eps, *strides, **r.last, **case, PARTS=parts, CLIP=CLIP, SAVE_M=SAVE_M,
     )  # fmt: skip
     return out
+
+
+def _tiles(chunk_size: int, tokens: int, config: dict[str, Any]) -> int:
+    """Tiles of a chunk."""
+    return max(-(-min(chunk_size, tokens) // config["BT"]), 1)
+
+
+def _set_ends(scratch: Tensor, d_end: Sequence[Tensor | None], R: int, N: int, H: int, d: int, h: int) -> None:
+    """The final state's gradients into dX and dM, zeros for what has none."""
+    at = GROUPS.value * 32 + R * 3 * d * h
+    carried = scratch[at : at + 2 * N * H * 3 * d * h].view(2, N, H, 3, d, h)
+    for i, x in enumerate(d_end):
+        into = carried[i // 3, :, :, i % 3]
+        if x is None:
+            into.zero_()
+        else:
+            into.copy_(x if i % 3 == 2 else x.mT)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from allmem_ops.ops.ttt_mlp.kernels.bwd_read import row_scales
+from allmem_ops.ops.ttt_mlp.kernels.bwd_regions import exchange_regions, gradient_regions, operand_regions
 from allmem_ops.ops.ttt_mlp.kernels.common import (
     NONE,
     POST_WRITE,
@@ -28,21 +29,23 @@ from allmem_ops.ops.ttt_mlp.kernels.common import (
     store_three,
     written_chunks,
 )
-from allmem_ops.ops.ttt_mlp.kernels.pairs import load_operand, pair, part, silu, store_operand, token_mask
+from allmem_ops.ops.ttt_mlp.kernels.pairs import load_operand, operand, pair, part, prefetch, silu, store_operand, token_mask
 
 
 @triton.jit
 def second_order(
     p_k, p_v, p_eta, sk_t, sk_d, sv_t, sv_d, se_t, se_e, b_gu, b_dgu, b_wd, tokens, i_k,
-    D: tl.constexpr, BT: tl.constexpr, SP: tl.constexpr, PREC: tl.constexpr, FAST: tl.constexpr,
+    D: tl.constexpr, BT: tl.constexpr, SP: tl.constexpr, AHEAD: tl.constexpr, PREC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients [BD, 2BH] (gate and up, a pair) and [BD, BH] (down) of D's point, from tiles i_k, i_k + SP, ... of `tokens` tokens.
 
     The operands are pairs [BD, 2BH]: gate and up, their gradients, down and its gradient; the pointers point at token 0.
+    AHEAD: bring the next tile into the L2 cache, where shared memory is too small for a pipeline that loads it in time (num_stages=3).
     """
     BD: tl.constexpr = b_gu.shape[0]
     BH: tl.constexpr = b_gu.shape[1] // 2
     dtype = b_gu.dtype
+    b_gu, b_dgu, b_wd = operand(b_gu, dtype, PREC), operand(b_dgu, dtype, PREC), operand(b_wd, dtype, PREC)
     o_t, o_d = tl.arange(0, BT), tl.arange(0, BD)
     f_k = o_t[:, None] * sk_t + o_d[None, :] * sk_d
     f_v = o_t[:, None] * sv_t + o_d[None, :] * sv_d
@@ -53,6 +56,9 @@ def second_order(
         m_t = o_t < tokens - i_t
         mask = token_mask(m_t, o_d, D)
         t = tl.cast(i_t, tl.int64)
+        if AHEAD:
+            prefetch(p_k + t * sk_t, sk_t, SP * BT, tokens - i_t, D, BT, FAST)
+            prefetch(p_v + t * sv_t, sv_t, SP * BT, tokens - i_t, D, BT, FAST)
         b_k = tl.cast(tl.load(p_k + t * sk_t + f_k, mask=mask, other=0.0), dtype)
         b_v = tl.cast(tl.load(p_v + t * sv_t + f_v, mask=mask, other=0.0), dtype)
         p_e = p_eta + t * se_t + f_e
@@ -69,13 +75,13 @@ def second_order(
         da = b_rg * b_b * b_curve + b_ru * b_slope
         db = b_rg * b_slope
         # [BD, BT] @ [BT, BH] -> [BD, BH]
-        g_down = tl.dot(tl.trans(b_v), tl.cast(dp, dtype), g_down, input_precision=PREC)
+        g_down = tl.dot(tl.trans(b_v), operand(dp, dtype, PREC), g_down, input_precision=PREC)
         b_p, b_rd = part(tl.dot(b_v, b_wd, input_precision=PREC))
         b_rd = b_rd * e_down
         da = b_p * da + b_rd * b_bs
         db = b_p * db + b_rd * b_silu
         # [BD, BT] @ [BT, 2BH] -> [BD, 2BH]
-        g_gate_up = tl.dot(tl.trans(b_k), tl.cast(pair(da, db), dtype), g_gate_up, input_precision=PREC)
+        g_gate_up = tl.dot(tl.trans(b_k), operand(pair(da, db), dtype, PREC), g_gate_up, input_precision=PREC)
     return g_gate_up, g_down
 
 
@@ -111,12 +117,15 @@ def inner(b_x, b_y):
 @triton.jit
 def tokens_step(
     k, v, eta, dx, dread, x, gate_up, d_gate_up, down, slabs_gate_up, slabs_down, rows_hidden, rows_down,
-    i_x, i_s, i_k, i_r, i_h, i_b, first_token, tokens,
+    i_x, i_s, i_k, i_r, i_h, i_b, first_token, tokens, carried,
     sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, SP: tl.constexpr, BT: tl.constexpr,
-    NORM: tl.constexpr, PREC: tl.constexpr, FAST: tl.constexpr,
+    NORM: tl.constexpr, AHEAD: tl.constexpr, PREC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Slab and row sums of program (i_s, i_k) for a slot with `tokens` tokens to write, 0 in the last one."""
+    """Slab and row sums of program (i_s, i_k) for a slot with `tokens` tokens to write, 0 in the last one.
+
+    carried: whether dX holds anything.
+    """
     PARTS: tl.constexpr = (HID + BH - 1) // BH * SP
     RD: tl.constexpr = BD // SP
     o_d = tl.arange(0, BD)
@@ -127,7 +136,7 @@ def tokens_step(
         k + i_b * sk_b + i_h * sk_h + t * sk_t, v + i_b * sv_b + i_h * sv_h + t * sv_t, eta + i_b * se_b + i_h * se_h + t * se_t,
         sk_t, sk_d, sv_t, sv_d, se_t, se_e,
         load_operand(gate_up, i_r, i_s * BH, o_d, D, HID, BH, 2), load_operand(d_gate_up, i_r, i_s * BH, o_d, D, HID, BH, 2),
-        load_operand(down, i_r, i_s * BH, o_d, D, HID, BH, 2), tokens, i_k, D, BT, SP, PREC, FAST,
+        load_operand(down, i_r, i_s * BH, o_d, D, HID, BH, 2), tokens, i_k, D, BT, SP, AHEAD, PREC, FAST,
     )  # fmt: skip
     m_d = o_d < D
     store_operand(slabs_gate_up, i_y, 0, o_d, m_d, g_gate_up, D, BH, BH, 2)
@@ -142,7 +151,7 @@ def tokens_step(
         o_r = i_k * RD + tl.arange(0, RD)
         mask = (o_r < D)[:, None] & m_h[None, :]
         b_gate, b_up, b_down = load_three(x, i_r, o_r, o_h, mask, D, HID)
-        g_gate, g_up, g_own = load_three(dx, i_x, o_r, o_h, mask, D, HID)
+        g_gate, g_up, g_own = load_three(dx, i_x, o_r, o_h, mask & (o_r < tl.where(carried, D, 0))[:, None], D, HID)
         if NORM == POST_WRITE:
             q_gate, q_up, q_down = load_three(dread, i_r, o_r, o_h, mask, D, HID)
             g_gate, g_up, g_own = g_gate + q_gate, g_up + q_up, g_own + q_down
@@ -174,22 +183,53 @@ def through_norms(
 
 
 @triton.jit
+def point_down(x, size, n, i_r, i_h, i_c, o_d, o_h, mask, eps, D: tl.constexpr, HID: tl.constexpr, NORM: tl.constexpr):
+    """Wdown at the write point of chunk `i_c`, slot and head `i_r`."""
+    at = tl.cast(i_r, tl.int64) * (3 * D * HID) + 2 * D * HID
+    b_w = tl.load(x + at + (o_d[:, None] * HID + o_h[None, :]), mask=mask, other=0.0)
+    _, _, s_down = row_scales(size, n, i_r, i_h, i_c, o_d, o_h, eps, D, HID, NORM)
+    return b_w * s_down[:, None]
+
+
+@triton.jit
+def store_gradient(
+    down, d_gate_up, i_r, i_s, o_d, b_point, b_gate, b_up, b_down, D: tl.constexpr, HID: tl.constexpr, BH: tl.constexpr
+):  # fmt: skip
+    """dD of slot and head `i_r` as operands: a pair of gate and up, and a pair of the write point's down and down's gradient."""
+    m_d = o_d < D
+    store_operand(down, i_r, i_s * BH, o_d, m_d, pair(b_point, b_down), D, HID, BH, 2)
+    store_operand(d_gate_up, i_r, i_s * BH, o_d, m_d, pair(b_gate, b_up), D, HID, BH, 2)
+
+
+@triton.jit
 def carry_step(
     dx, dm, dn, dread, x, m, size, n, m_gate, m_up, m_down, mu_mean, down, d_gate_up, mu_parts, clip_parts,
     slabs_gate_up, slabs_down, rows_hidden, rows_down,
     i_x, i_s, i_k, i_r, i_h, i_c, written, H, eps,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, SP: tl.constexpr,
-    NORM: tl.constexpr, CLIP: tl.constexpr, STATE: tl.constexpr, SAVE_M: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr, STATE: tl.constexpr, END: tl.constexpr, SAVE_M: tl.constexpr,
 ):  # fmt: skip
-    """dX_j, j = `i_c`, of the rows that program (i_s, i_k) owns, and on to chunk j - 1."""
+    """dX_j, j = `i_c`, of the rows that program (i_s, i_k) owns, and on to chunk j - 1.
+
+    END: dX and dM hold the final state's gradients at first, else nothing.
+    """
     SLICES: tl.constexpr = (HID + BH - 1) // BH
     PARTS: tl.constexpr = SLICES * SP
     RD: tl.constexpr = BD // SP
     o_d, o_h = i_k * RD + tl.arange(0, RD), i_s * BH + tl.arange(0, BH)
     m_d, m_h = o_d < D, o_h < HID
     mask = m_d[:, None] & m_h[None, :]
-    g_gate, g_up, g_down = load_three(dx, i_x, o_d, o_h, mask, D, HID)
+    # a scalar condition as a bound: the interpreter takes no scalar in a mask
+    carried = mask & (o_d < tl.where((i_c < written) | END, D, 0))[:, None]
+    g_gate, g_up, g_down = load_three(dx, i_x, o_d, o_h, carried, D, HID)
+    z_gate, z_up, z_down = load_three(dm, i_x, o_d, o_h, carried, D, HID)
     q_gate, q_up, q_down = load_three(dread, i_r, o_d, o_h, mask, D, HID)
+    b_mu = tl.where(i_c < written, tl.load(mu_mean + i_r), 1.0)
+    # the first slot has no chunk before it
+    before = i_c > 0
+    i_q = tl.where(before, i_r - H, i_r)
+    # loaded before the first store: a load that follows a store waits for it
+    b_point = point_down(x, size, n, i_q, i_h, i_c - 1, o_d, o_h, mask, eps, D, HID, NORM)
     i_y = tl.cast(i_x, tl.int64) * PARTS + i_s * SP
     for i_p in tl.static_range(SP):
         b_gate, b_up = part(load_operand(slabs_gate_up, i_y + i_p, 0, o_d, D, BH, BH, 2))
@@ -228,54 +268,36 @@ def carry_step(
         here = i_c < written if NORM == PRE_WRITE else i_c > 0
         g_gate, g_up, g_down = tl.where(here, c_gate, g_gate), tl.where(here, c_up, g_up), tl.where(here, c_down, g_down)
         p_n = dn + tl.cast(i_x, tl.int64) * (2 * HID + D)
-        # a scalar condition as a bound: the interpreter takes no scalar in a mask
-        m_gate_up = o_h < tl.where(here & (i_k == 0), HID, 0)
-        tl.store(p_n + o_h, tl.load(p_n + o_h, mask=m_gate_up, other=0.0) + n_gate, mask=m_gate_up)
-        tl.store(p_n + HID + o_h, tl.load(p_n + HID + o_h, mask=m_gate_up, other=0.0) + n_up, mask=m_gate_up)
-        m_n = o_d < tl.where(here & (i_s == 0), D, 0)
-        p_n += 2 * HID + o_d
-        tl.store(p_n, tl.load(p_n, mask=m_n, other=0.0) + n_down, mask=m_n)
+        own_h, own_d = o_h < tl.where(i_k == 0, HID, 0), o_d < tl.where(i_s == 0, D, 0)
+        old_h, old_d = own_h & (o_h < tl.where(i_c < written, HID, 0)), own_d & (o_d < tl.where(i_c < written, D, 0))
+        p_h, p_d = p_n + o_h, p_n + 2 * HID + o_d
+        tl.store(p_h, tl.load(p_h, mask=old_h, other=0.0) + tl.where(here, n_gate, 0.0), mask=own_h)
+        tl.store(p_h + HID, tl.load(p_h + HID, mask=old_h, other=0.0) + tl.where(here, n_up, 0.0), mask=own_h)
+        tl.store(p_d, tl.load(p_d, mask=old_d, other=0.0) + tl.where(here, n_down, 0.0), mask=own_d)
     if NORM != POST_WRITE:
         g_gate, g_up, g_down = g_gate + q_gate, g_up + q_up, g_down + q_down
     store_three(dx, i_x, o_d, o_h, mask, g_gate, g_up, g_down, D, HID)
-    b_mu = tl.where(i_c < written, tl.load(mu_mean + i_r), 1.0)
-    z_gate, z_up, z_down = load_three(dm, i_x, o_d, o_h, mask, D, HID)
-    # the first slot has no chunk before it: dM_0 is what is left
-    before = i_c > 0
+    # what is left before the first slot is dM_0
     z_gate = b_mu * z_gate + tl.where(before, g_gate, 0.0)
     z_up = b_mu * z_up + tl.where(before, g_up, 0.0)
     z_down = b_mu * z_down + tl.where(before, g_down, 0.0)
     store_three(dm, i_x, o_d, o_h, mask, z_gate, z_up, z_down, D, HID)
     if before:
-        i_q = i_r - H
-        i_part = i_s * SP + i_k
-        m_all = momentum(x, m, size, n, m_gate, m_up, m_down, i_x, i_q, i_h, i_c - 1, H, o_d, o_h, mask, eps, D, HID, NORM, STATE, SAVE_M)
-        tl.store(
-            mu_parts + tl.cast(i_q, tl.int64) * PARTS + i_part, inner(z_gate, m_all[0]) + inner(z_up, m_all[1]) + inner(z_down, m_all[2])
-        )
         if CLIP:
-            b_mu = tl.load(mu_mean + i_q)
+            i_part = i_s * SP + i_k
+            m_all = momentum(
+                x, m, size, n, m_gate, m_up, m_down, i_x, i_q, i_h, i_c - 1, H, o_d, o_h, mask, eps, D, HID, NORM, STATE, SAVE_M
+            )
             c_all = momentum(x, m, size, n, m_gate, m_up, m_down, i_x, i_r, i_h, i_c, H, o_d, o_h, mask, eps, D, HID, NORM, STATE, SAVE_M)
+            b_dmu = inner(z_gate, m_all[0]) + inner(z_up, m_all[1]) + inner(z_down, m_all[2])
+            tl.store(mu_parts + tl.cast(i_q, tl.int64) * PARTS + i_part, b_dmu)
+            b_mu = tl.load(mu_mean + i_q)
             p_c = clip_parts + (tl.cast(i_x, tl.int64) * PARTS + i_part) * 3
             tl.store(p_c, inner(z_gate, c_all[0] - b_mu * m_all[0]))
             tl.store(p_c + 1, inner(z_up, c_all[1] - b_mu * m_all[1]))
             tl.store(p_c + 2, inner(z_down, c_all[2] - b_mu * m_all[2]))
         else:
-            store_gradient(x, size, n, down, d_gate_up, i_q, i_h, i_s, i_c - 1, o_d, o_h, mask, z_gate, z_up, z_down, eps, D, HID, BH, NORM)
-
-
-@triton.jit
-def store_gradient(
-    x, size, n, down, d_gate_up, i_r, i_h, i_s, i_c, o_d, o_h, mask, b_gate, b_up, b_down, eps,
-    D: tl.constexpr, HID: tl.constexpr, BH: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """dD of chunk `i_c` as operands: a pair of gate and up, and a pair of the write point's down and down's gradient."""
-    at = tl.cast(i_r, tl.int64) * (3 * D * HID) + 2 * D * HID
-    b_w = tl.load(x + at + (o_d[:, None] * HID + o_h[None, :]), mask=mask, other=0.0)
-    _, _, s_down = row_scales(size, n, i_r, i_h, i_c, o_d, o_h, eps, D, HID, NORM)
-    m_d = o_d < D
-    store_operand(down, i_r, i_s * BH, o_d, m_d, pair(b_w * s_down[:, None], b_down), D, HID, BH, 2)
-    store_operand(d_gate_up, i_r, i_s * BH, o_d, m_d, pair(b_gate, b_up), D, HID, BH, 2)
+            store_gradient(down, d_gate_up, i_q, i_s, o_d, b_point, z_gate, z_up, z_down, D, HID, BH)
 
 
 @triton.jit
@@ -315,46 +337,51 @@ def clip_step(
     z_gate = unclipped(z_gate, c_all[0] - b_mu * m_all[0], a_gate, tl.load(p_g), grad_clip)
     z_up = unclipped(z_up, c_all[1] - b_mu * m_all[1], a_up, tl.load(p_g + 1), grad_clip)
     z_down = unclipped(z_down, c_all[2] - b_mu * m_all[2], a_down, tl.load(p_g + 2), grad_clip)
-    store_gradient(x, size, n, down, d_gate_up, i_q, i_h, i_s, i_c - 1, o_d, o_h, mask, z_gate, z_up, z_down, eps, D, HID, BH, NORM)
+    b_point = point_down(x, size, n, i_q, i_h, i_c - 1, o_d, o_h, mask, eps, D, HID, NORM)
+    store_gradient(down, d_gate_up, i_q, i_s, o_d, b_point, z_gate, z_up, z_down, D, HID, BH)
 
 
 # ---- a kernel for each part of a step
 
 
-@triton.jit(do_not_specialize=["T", "chunk_size", "i_step", "H", "steps", "se_b"])
+@triton.jit(do_not_specialize=["R", "X", "T", "chunk_size", "i_step", "H", "steps", "se_b"])
 def ttt_mlp_bwd_slab_kernel(
-    k, v, eta, cu_seqlens, count, first, dx, dread, x, gate_up, d_gate_up, down, slabs_gate_up, slabs_down, rows_hidden, rows_down,
-    T, chunk_size, i_step, H, steps,
+    k, v, eta, cu_seqlens, count, first, x, operands, scratch, R, X, T, chunk_size, i_step, H, steps,
     sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, SP: tl.constexpr, BT: tl.constexpr, NORM: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, PREC: tl.constexpr, FAST: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, END: tl.constexpr, AHEAD: tl.constexpr,
+    PREC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The tokens part of every sequence's slot `i_step` from its last one back. Grid (N * H, slices, SP)."""
+    """The tokens part of every sequence's slot `i_step` from its last one back. Grid (X, slices, SP)."""
+    PARTS: tl.constexpr = (HID + BH - 1) // BH * SP
     i_x, i_s, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_n, i_h = i_x // H, i_x % H
     i_b, begin, length, held = sequence_span(cu_seqlens, count, i_n, T, chunk_size, PACKED, STATE)
-    written = written_chunks(length, held, chunk_size, KEEP)
-    i_c = written - i_step
+    i_c = written_chunks(length, held, chunk_size, KEEP) - i_step
     if i_c < 0:
         return
     i_r = (first_slot(first, i_n, steps, PACKED) + i_c) * H + i_h
     start, stop = chunk_span(i_c, length, held, chunk_size)
+    gate_up, d_gate_up, down = operand_regions(operands, R, D, HID)
+    dread, dx, _, _ = gradient_regions(scratch, R, X, D, HID)
+    slabs_gate_up, slabs_down, rows_hidden, rows_down, _, _ = exchange_regions(scratch, R, X, D, HID, BH, PARTS)
     tokens_step(
         k, v, eta, dx, dread, x, gate_up, d_gate_up, down, slabs_gate_up, slabs_down, rows_hidden, rows_down,
-        i_x, i_s, i_k, i_r, i_h, i_b, begin + start, tl.where(i_step > 0, stop - start, 0),
+        i_x, i_s, i_k, i_r, i_h, i_b, begin + start, tl.where(i_step > 0, stop - start, 0), (i_step > 0) | END,
         sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e,
-        D, HID, BD, BH, SP, BT, NORM, PREC, FAST,
+        D, HID, BD, BH, SP, BT, NORM, AHEAD, PREC, FAST,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "chunk_size", "i_step", "H", "steps"])
+@triton.jit(do_not_specialize=["R", "X", "T", "chunk_size", "i_step", "H", "steps"])
 def ttt_mlp_bwd_carry_kernel(
-    cu_seqlens, count, first, dx, dm, dn, dread, x, m, size, n, m_gate, m_up, m_down, mu_mean, down, d_gate_up, mu_parts, clip_parts,
-    slabs_gate_up, slabs_down, rows_hidden, rows_down, T, chunk_size, i_step, H, steps, eps,
+    cu_seqlens, count, first, x, m, size, n, m_gate, m_up, m_down, mu_mean, operands, scratch,
+    R, X, T, chunk_size, i_step, H, steps, eps,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, SP: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, END: tl.constexpr, SAVE_M: tl.constexpr,
 ):  # fmt: skip
-    """The carry part. Grid (N * H, slices, SP)."""
+    """The carry part. Grid (X, slices, SP)."""
+    PARTS: tl.constexpr = (HID + BH - 1) // BH * SP
     i_x, i_s, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_n, i_h = i_x // H, i_x % H
     _, _, length, held = sequence_span(cu_seqlens, count, i_n, T, chunk_size, PACKED, STATE)
@@ -363,21 +390,25 @@ def ttt_mlp_bwd_carry_kernel(
     if i_c < 0:
         return
     i_r = (first_slot(first, i_n, steps, PACKED) + i_c) * H + i_h
+    _, d_gate_up, down = operand_regions(operands, R, D, HID)
+    dread, dx, dm, dn = gradient_regions(scratch, R, X, D, HID)
+    slabs_gate_up, slabs_down, rows_hidden, rows_down, clip_parts, mu_parts = exchange_regions(scratch, R, X, D, HID, BH, PARTS)
     carry_step(
         dx, dm, dn, dread, x, m, size, n, m_gate, m_up, m_down, mu_mean, down, d_gate_up, mu_parts, clip_parts,
         slabs_gate_up, slabs_down, rows_hidden, rows_down, i_x, i_s, i_k, i_r, i_h, i_c, written, H, eps,
-        D, HID, BD, BH, SP, NORM, CLIP, STATE, SAVE_M,
+        D, HID, BD, BH, SP, NORM, CLIP, STATE, END, SAVE_M,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "chunk_size", "i_step", "H", "steps"])
+@triton.jit(do_not_specialize=["R", "X", "T", "chunk_size", "i_step", "H", "steps"])
 def ttt_mlp_bwd_clip_kernel(
-    cu_seqlens, count, first, dm, x, m, size, n, m_gate, m_up, m_down, mu_mean, g_size, down, d_gate_up, clip_parts,
-    T, chunk_size, i_step, H, steps, eps, grad_clip,
+    cu_seqlens, count, first, x, m, size, n, m_gate, m_up, m_down, mu_mean, g_size, operands, scratch,
+    R, X, T, chunk_size, i_step, H, steps, eps, grad_clip,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, SP: tl.constexpr, NORM: tl.constexpr,
     STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
 ):  # fmt: skip
-    """The clip part. Grid (N * H, slices, SP)."""
+    """The clip part. Grid (X, slices, SP)."""
+    PARTS: tl.constexpr = (HID + BH - 1) // BH * SP
     i_x, i_s, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_n, i_h = i_x // H, i_x % H
     _, _, length, held = sequence_span(cu_seqlens, count, i_n, T, chunk_size, PACKED, STATE)
@@ -385,6 +416,9 @@ def ttt_mlp_bwd_clip_kernel(
     if i_c <= 0:
         return
     i_r = (first_slot(first, i_n, steps, PACKED) + i_c) * H + i_h
+    _, d_gate_up, down = operand_regions(operands, R, D, HID)
+    _, _, dm, _ = gradient_regions(scratch, R, X, D, HID)
+    _, _, _, _, clip_parts, _ = exchange_regions(scratch, R, X, D, HID, BH, PARTS)
     clip_step(
         dm, x, m, size, n, m_gate, m_up, m_down, mu_mean, g_size, down, d_gate_up, clip_parts,
         i_x, i_s, i_k, i_r, i_h, i_c, H, eps, grad_clip, D, HID, BD, BH, SP, NORM, STATE, SAVE_M,

@@ -7,26 +7,29 @@ import triton
 import triton.language as tl
 
 from allmem_ops.ops.ttt_mlp.kernels.bwd_chain import carry_step, clip_step, tokens_step
+from allmem_ops.ops.ttt_mlp.kernels.bwd_regions import exchange_regions, gradient_regions, operand_regions
 from allmem_ops.ops.ttt_mlp.kernels.common import chunk_span, first_slot, sequence_span, written_chunks
+from allmem_ops.ops.ttt_mlp.kernels.pairs import prefetch
 from allmem_ops.ops.ttt_mlp.kernels.persistent import barrier
 
 
-@triton.jit(do_not_specialize=["X", "T", "chunk_size", "H", "steps", "se_b"])
+@triton.jit(do_not_specialize=["R", "X", "T", "chunk_size", "H", "steps", "se_b"])
 def ttt_mlp_bwd_chain_kernel(
-    k, v, eta, cu_seqlens, count, first, dx, dm, dn, dread, x, m, size, n, m_gate, m_up, m_down, mu_mean, g_size,
-    gate_up, down, d_gate_up, mu_parts, clip_parts, slabs_gate_up, slabs_down, rows_hidden, rows_down, counters,
-    X, T, chunk_size, H, steps, eps, grad_clip,
+    k, v, eta, cu_seqlens, count, first, x, m, size, n, m_gate, m_up, m_down, mu_mean, g_size, operands, scratch,
+    R, X, T, chunk_size, H, steps, eps, grad_clip,
     sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, SP: tl.constexpr, BT: tl.constexpr,
-    NORM: tl.constexpr, CLIP: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
-    PREC: tl.constexpr, FAST: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, END: tl.constexpr,
+    SAVE_M: tl.constexpr, AHEAD: tl.constexpr, PREC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Everything of the chain. Grid (groups * PARTS,): group i_g works on (sequence, head) i_g, i_g + groups, ... of X."""
     PARTS: tl.constexpr = (HID + BH - 1) // BH * SP
     i_g, i_p = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     i_s, i_k = i_p // SP, i_p % SP
-    # a line of the cache for each group's counter
-    counter = counters + i_g * 32
+    gate_up, d_gate_up, down = operand_regions(operands, R, D, HID)
+    dread, dx, dm, dn = gradient_regions(scratch, R, X, D, HID)
+    slabs_gate_up, slabs_down, rows_hidden, rows_down, clip_parts, mu_parts = exchange_regions(scratch, R, X, D, HID, BH, PARTS)
+    counter = tl.cast(scratch, tl.pointer_type(tl.int32)) + i_g * 32
     target = 0
     for i_x in tl.range(i_g, X, tl.num_programs(0) // PARTS):
         i_n, i_h = i_x // H, i_x % H
@@ -39,16 +42,22 @@ def ttt_mlp_bwd_chain_kernel(
             start, stop = chunk_span(i_c, length, held, chunk_size)
             tokens_step(
                 k, v, eta, dx, dread, x, gate_up, d_gate_up, down, slabs_gate_up, slabs_down, rows_hidden, rows_down,
-                i_x, i_s, i_k, i_r, i_h, i_b, begin + start, tl.where(i_step > 0, stop - start, 0),
+                i_x, i_s, i_k, i_r, i_h, i_b, begin + start, tl.where(i_step > 0, stop - start, 0), (i_step > 0) | END,
                 sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e,
-                D, HID, BD, BH, SP, BT, NORM, PREC, FAST,
+                D, HID, BD, BH, SP, BT, NORM, AHEAD, PREC, FAST,
             )  # fmt: skip
+            if i_c > 0:
+                # the first tile of the next chunk comes from memory while the programs wait for each other
+                start, stop = chunk_span(i_c - 1, length, held, chunk_size)
+                j_b, j_h, t = tl.cast(i_b, tl.int64), tl.cast(i_h, tl.int64), tl.cast(begin + start, tl.int64)
+                prefetch(k + j_b * sk_b + j_h * sk_h + t * sk_t, sk_t, i_k * BT, stop - start, D, BT, FAST)
+                prefetch(v + j_b * sv_b + j_h * sv_h + t * sv_t, sv_t, i_k * BT, stop - start, D, BT, FAST)
             target += PARTS
             barrier(counter, target)
             carry_step(
                 dx, dm, dn, dread, x, m, size, n, m_gate, m_up, m_down, mu_mean, down, d_gate_up, mu_parts, clip_parts,
                 slabs_gate_up, slabs_down, rows_hidden, rows_down, i_x, i_s, i_k, i_r, i_h, i_c, written, H, eps,
-                D, HID, BD, BH, SP, NORM, CLIP, STATE, SAVE_M,
+                D, HID, BD, BH, SP, NORM, CLIP, STATE, END, SAVE_M,
             )  # fmt: skip
             if i_c > 0:
                 if CLIP:

@@ -50,6 +50,30 @@ def token_mask(m_t, o_d, D: tl.constexpr):
 
 
 @triton.jit
+def operand(b, dtype: tl.constexpr, PREC: tl.constexpr):
+    """A tile as a dot takes it. tf32 is cut off in the instruction, a bias that would add up; here it is rounded to the nearest first.
+
+    (The rounding also keeps Triton 3.6 from carrying a pair's reshape into shared memory, where tf32 has no layout for it.)
+    """
+    if PREC == "tf32":
+        bits = tl.cast(b, tl.int32, bitcast=True)
+        return tl.cast((bits + 0x1000) & -0x2000, tl.float32, bitcast=True)
+    else:
+        return tl.cast(b, dtype)
+
+
+@triton.jit
+def prefetch(p, stride, first, rows, D: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr):
+    """Bring BT rows of 2-byte channels, from `first` on, of the `rows` at `p` into the L2 cache. FAST: the interpreter knows no PTX."""
+    if FAST:
+        o_t = tl.cast(tl.minimum(first + tl.arange(0, BT), tl.maximum(rows - 1, 0)), tl.int64) * stride
+        for i_d in tl.static_range(0, D, 64):
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p + o_t + i_d], dtype=tl.int32, is_pure=False, pack=1
+            )
+
+
+@triton.jit
 def silu(b_a, FAST: tl.constexpr):
     """SiLU(A), its first and its second slope. FAST: the reciprocal in one instruction, off by one unit in the last place."""
     if FAST:
