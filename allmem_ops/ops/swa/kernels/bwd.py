@@ -80,10 +80,48 @@ def scaled_lse(b_lse, HALF: tl.constexpr):
 def probabilities(b_s, b_lse, scale, HALF: tl.constexpr):
     """exp(scale * b_s - lse), `b_lse` from `scaled_lse`.
 
-    One multiply-add an element; for float32 operands two more operations, since the rounding of lse * log2(e), of the size of lse, would
-    double the error of p.
+    One multiply-add and exp2 an element. For float32 operands two more operations: the rounding of lse * log2(e), of the size of lse,
+    would double the error of p.
     """
     return tl.exp2(b_s * (scale * LOG2E) - b_lse) if HALF else tl.exp2((b_s * scale - b_lse) * LOG2E)
+
+
+@triton.jit
+def row_terms(
+    b_do,
+    o,
+    lse,
+    dlse,
+    i_b,
+    i0,
+    i_hq,
+    s_ob,
+    s_ot,
+    s_oh,
+    s_od,
+    s_lb,
+    s_lt,
+    s_lh,
+    s_eb,
+    s_et,
+    s_eh,
+    bos,
+    Tq,
+    HALF: tl.constexpr,
+    BM: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """(scaled lse, delta) of queries [i0, i0 + BM), (+inf, 0) beyond the sequence."""
+    o_m = i0 + tl.arange(0, BM)
+    m_m = o_m < Tq
+    o_row = bos + tl.cast(o_m, tl.int64)
+    p_lse = lse + tl.cast(i_b, tl.int64) * s_lb + tl.cast(i_hq, tl.int64) * s_lh + o_row * s_lt
+    p_dlse = dlse + tl.cast(i_b, tl.int64) * s_eb + tl.cast(i_hq, tl.int64) * s_eh + o_row * s_et
+    b_o = load_tile(o, i_b, i0, i_hq, s_ob, s_ot, s_oh, s_od, bos, Tq, BM, D, BD, TMA)
+    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1) - tl.load(p_dlse, mask=m_m, other=0.0)
+    return scaled_lse(tl.load(p_lse, mask=m_m, other=float("inf")), HALF), b_delta
 
 
 @triton.jit
@@ -97,7 +135,8 @@ def hidden_to_zero(b_p, o_i, o_j, far, window, sinks):
 
 
 @triton.jit(
-    do_not_specialize=["N", "Tq", "Tk", "P", "window", "sinks"], do_not_specialize_on_alignment=["N", "Tq", "Tk", "P", "window", "sinks"]
+    do_not_specialize=["N", "Tq", "Tk", "P", "window", "sinks", "HQ", "G"],
+    do_not_specialize_on_alignment=["N", "Tq", "Tk", "P", "window", "sinks", "HQ", "G"],
 )
 def swa_bwd_dq_kernel(
     q,
@@ -108,6 +147,7 @@ def swa_bwd_dq_kernel(
     lse,
     dlse,
     rows,
+    acc,
     dq,
     cu_seqlens,
     s_qb,
@@ -146,19 +186,23 @@ def swa_bwd_dq_kernel(
     window,
     sinks,
     scale,
-    HQ: tl.constexpr,
-    G: tl.constexpr,
+    HQ,
+    G,
     D: tl.constexpr,
     BD: tl.constexpr,
     NEAR: tl.constexpr,
     FAR: tl.constexpr,
+    ACC: tl.constexpr,
     HALF: tl.constexpr,
     PACKED: tl.constexpr,
     TMA: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dq of one query tile and head: a loop over the far sink tiles (FAR) and the window tiles (NEAR). NEAR also writes `rows`."""
+    """dq of one query tile and head: a loop over the far sink tiles (FAR) and the window tiles (NEAR). NEAR also writes `rows`.
+
+    ACC: on top of what `acc` fp32 [B, HQ, P, BD] holds, the unscaled dq of the window pairs.
+    """
     # Heads run fastest: programs side by side read the same tokens, whole rows of memory, and share a group's keys and values.
     i_hq = tl.program_id(0) % HQ
     i_m = tl.program_id(0) // HQ
@@ -176,47 +220,101 @@ def swa_bwd_dq_kernel(
         return
     start = Tk - Tq
     o_m = i0 + tl.arange(0, BM)
-    m_m = o_m < Tq
-    b_do = load_tile(do, i_b, i0, i_hq, s_gb, s_gt, s_gh, s_gd, bos, Tq, BM, D, BD, TMA)
-    p_rows = rows + (tl.cast(i_b, tl.int64) * HQ + i_hq) * P + r0 + o_m
-    s_rows = tl.cast(tl.num_programs(1), tl.int64) * HQ * P
-    if NEAR:
-        b_o = load_tile(o, i_b, i0, i_hq, s_ob, s_ot, s_oh, s_od, bos, Tq, BM, D, BD, TMA)
-        o_row = bos + tl.cast(o_m, tl.int64)
-        p_lse = lse + tl.cast(i_b, tl.int64) * s_lb + tl.cast(i_hq, tl.int64) * s_lh + o_row * s_lt
-        p_dlse = dlse + tl.cast(i_b, tl.int64) * s_eb + tl.cast(i_hq, tl.int64) * s_eh + o_row * s_et
-        b_lse = scaled_lse(tl.load(p_lse, mask=m_m, other=float("inf")), HALF)
-        b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1) - tl.load(p_dlse, mask=m_m, other=0.0)
-        tl.store(p_rows, b_lse)
-        tl.store(p_rows + s_rows, b_delta)
+    if ACC:
+        o_acc = (tl.cast(i_b, tl.int64) * HQ + i_hq) * P + r0 + o_m
+        b_dq = tl.load(acc + o_acc[:, None] * BD + tl.arange(0, BD)[None, :])
     else:
-        b_lse = tl.load(p_rows)
-        b_delta = tl.load(p_rows + s_rows)
-    b_q = load_tile(q, i_b, i0, i_hq, s_qb, s_qt, s_qh, s_qd, bos, Tq, BM, D, BD, TMA)
-
-    i1 = start + tl.minimum(i0 + BM, Tq)
-    sink_full, sink_end, left, full, diag, end = query_tiles(start + i0, i1, window, sinks, BN)
-    far_tiles = sink_end if FAR else 0
-    tiles = far_tiles + (end - left if NEAR else 0)
-    o_i = (start + o_m)[:, None]
-    b_dq = tl.zeros([BM, BD], tl.float32)
-    for t in range(tiles):
-        far = t < far_tiles
-        i_n = tl.where(far, t, left + t - far_tiles)
-        j0 = i_n * BN
-        b_k = load_tile(k, i_b, j0, i_h, s_kb, s_kt, s_kh, s_kd, bos, Tk, BN, D, BD, TMA)
-        b_v = load_tile(v, i_b, j0, i_h, s_vb, s_vt, s_vh, s_vd, bos, Tk, BN, D, BD, TMA)
-        # [BM, BD] @ [BD, BN] -> [BM, BN]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        b_p = probabilities(b_s, b_lse[:, None], scale, HALF)
-        if tl.where(far, t >= sink_full, (i_n < full) | (i_n >= diag)):
-            b_p = hidden_to_zero(b_p, o_i, (j0 + tl.arange(0, BN))[None, :], far, window, sinks)
-        # [BM, BD] @ [BD, BN] -> [BM, BN]
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
-        b_ds = b_p * (b_dp - b_delta[:, None])
-        # [BM, BN] @ [BN, BD] -> [BM, BD]
-        b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")
+        b_dq = tl.zeros([BM, BD], tl.float32)
+    if NEAR or FAR:
+        b_do = load_tile(do, i_b, i0, i_hq, s_gb, s_gt, s_gh, s_gd, bos, Tq, BM, D, BD, TMA)
+        p_rows = rows + (tl.cast(i_b, tl.int64) * HQ + i_hq) * P + r0 + o_m
+        s_rows = tl.cast(tl.num_programs(1), tl.int64) * HQ * P
+        if NEAR:
+            b_lse, b_delta = row_terms(
+                b_do, o, lse, dlse, i_b, i0, i_hq, s_ob, s_ot, s_oh, s_od, s_lb, s_lt, s_lh, s_eb, s_et, s_eh, bos, Tq, HALF, BM, D, BD, TMA
+            )
+            tl.store(p_rows, b_lse)
+            tl.store(p_rows + s_rows, b_delta)
+        else:
+            b_lse = tl.load(p_rows)
+            b_delta = tl.load(p_rows + s_rows)
+        b_q = load_tile(q, i_b, i0, i_hq, s_qb, s_qt, s_qh, s_qd, bos, Tq, BM, D, BD, TMA)
+        i1 = start + tl.minimum(i0 + BM, Tq)
+        sink_full, sink_end, left, full, diag, end = query_tiles(start + i0, i1, window, sinks, BN)
+        far_tiles = sink_end if FAR else 0
+        tiles = far_tiles + (end - left if NEAR else 0)
+        o_i = (start + o_m)[:, None]
+        for t in range(tiles):
+            far = t < far_tiles
+            i_n = tl.where(far, t, left + t - far_tiles)
+            j0 = i_n * BN
+            b_k = load_tile(k, i_b, j0, i_h, s_kb, s_kt, s_kh, s_kd, bos, Tk, BN, D, BD, TMA)
+            b_v = load_tile(v, i_b, j0, i_h, s_vb, s_vt, s_vh, s_vd, bos, Tk, BN, D, BD, TMA)
+            # [BM, BD] @ [BD, BN] -> [BM, BN]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            b_p = probabilities(b_s, b_lse[:, None], scale, HALF)
+            if tl.where(far, t >= sink_full, (i_n < full) | (i_n >= diag)):
+                b_p = hidden_to_zero(b_p, o_i, (j0 + tl.arange(0, BN))[None, :], far, window, sinks)
+            # [BM, BD] @ [BD, BN] -> [BM, BN]
+            b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            # [BM, BN] @ [BN, BD] -> [BM, BD]
+            b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")
     store_tile(dq, b_dq * scale, i_b, i0, i_hq, s_dqb, s_dqt, s_dqh, bos, Tq, BM, D, BD)
+
+
+@triton.jit(do_not_specialize=["N", "T", "P", "HQ"], do_not_specialize_on_alignment=["N", "T", "P", "HQ"])
+def swa_bwd_rows_kernel(
+    o,
+    do,
+    lse,
+    dlse,
+    rows,
+    cu_seqlens,
+    s_ob,
+    s_ot,
+    s_oh,
+    s_od,
+    s_gb,
+    s_gt,
+    s_gh,
+    s_gd,
+    s_lb,
+    s_lt,
+    s_lh,
+    s_eb,
+    s_et,
+    s_eh,
+    N,
+    T,
+    P,
+    HQ,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    HALF: tl.constexpr,
+    PACKED: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """`rows`, where no kernel of dq comes before that of dk and dv."""
+    i_hq = tl.program_id(0) % HQ
+    slot = tl.program_id(0) // HQ
+    i_b = tl.program_id(1)
+    if PACKED:
+        i_n, bos, T, i_m = sequence_of_slot(cu_seqlens, N, T, slot // (ROW_TILE // BM), ROW_TILE)
+        r0 = (bos // ROW_TILE + i_n) * ROW_TILE
+        i0 = i_m * ROW_TILE + slot % (ROW_TILE // BM) * BM
+    else:
+        bos = 0
+        r0 = 0
+        i0 = slot * BM
+    b_do = load_tile(do, i_b, i0, i_hq, s_gb, s_gt, s_gh, s_gd, bos, T, BM, D, BD, False)
+    b_lse, b_delta = row_terms(
+        b_do, o, lse, dlse, i_b, i0, i_hq, s_ob, s_ot, s_oh, s_od, s_lb, s_lt, s_lh, s_eb, s_et, s_eh, bos, T, HALF, BM, D, BD, False
+    )
+    p_rows = rows + (tl.cast(i_b, tl.int64) * HQ + i_hq) * P + r0 + i0 + tl.arange(0, BM)
+    m_rows = r0 + i0 + tl.arange(0, BM) < P
+    tl.store(p_rows, b_lse, mask=m_rows)
+    tl.store(p_rows + tl.cast(tl.num_programs(1), tl.int64) * HQ * P, b_delta, mask=m_rows)
 
 
 @triton.jit
@@ -244,8 +342,8 @@ def far_sequence(cu_seqlens, N, T, i_f, window, slots):
 
 
 @triton.jit(
-    do_not_specialize=["N", "Tq", "Tk", "window", "sinks", "splits", "far_slots"],
-    do_not_specialize_on_alignment=["N", "Tq", "Tk", "window", "sinks", "splits", "far_slots"],
+    do_not_specialize=["N", "Tq", "Tk", "window", "sinks", "splits", "far_slots", "HK", "G"],
+    do_not_specialize_on_alignment=["N", "Tq", "Tk", "window", "sinks", "splits", "far_slots", "HK", "G"],
 )
 def swa_bwd_dkdv_kernel(
     q,
@@ -284,8 +382,8 @@ def swa_bwd_dkdv_kernel(
     splits,
     far_slots,
     scale,
-    HK: tl.constexpr,
-    G: tl.constexpr,
+    HK,
+    G,
     D: tl.constexpr,
     BD: tl.constexpr,
     FAR: tl.constexpr,
