@@ -387,7 +387,7 @@ def ttt_mlp_step_segments_kernel(
         b_mu = tl.load(mu_sum + i_x)
         start = 0
         while start < T:
-            stop = start + tl.minimum(T - start, tl.minimum(chunk_size - held, TAIL - kept))
+            stop = start + tl.minimum(T - start, tl.minimum(chunk_size - held, -(kept - TAIL)))
             _read(
                 q, o, r_gate, r_up, r_down, i_x, i_n, i_h, H, start, stop, T, stride_qb, stride_qt, stride_qh, stride_qd,
                 D, HID, BD, HS, BT, RESIDUAL, PREC,
