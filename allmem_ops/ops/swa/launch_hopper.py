@@ -6,7 +6,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from allmem_ops.ops.kernels.configs import Config, Table, choose
-from allmem_ops.ops.kernels.device import gpu_class, sm_count
+from allmem_ops.ops.kernels.device import gpu_class, interpreted, sm_count
 from allmem_ops.ops.kernels.launcher import launch, pointer_class, unchecked
 from allmem_ops.ops.swa.kernels.hopper_fwd import swa_fwd_hopper_kernel
 from allmem_ops.ops.swa.launch import LOG2E, describable
@@ -27,7 +27,7 @@ TABLE: Table = {
 def serves(q: Tensor, k: Tensor, v: Tensor, q_sinks: Tensor | None) -> bool:
     """Whether the Hopper kernel takes this call; the portable one takes the others."""
     return (
-        q.is_cuda
+        not interpreted(q.device)
         and gpu_class(q.device) == "sm90"
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[3] in (64, 128)
