@@ -76,11 +76,14 @@ def prefetch(p, stride, first, rows, D: tl.constexpr, BT: tl.constexpr, FAST: tl
 @triton.jit
 def silu(b_a, FAST: tl.constexpr):
     """SiLU(A), its first and its second slope. FAST: the reciprocal in one instruction, off by one unit in the last place."""
+    t = -1.4426950408889634 * b_a
+    e = tl.exp2(t)
     if FAST:
-        e = 1.0 + tl.exp2(-1.4426950408889634 * b_a)
-        b_s = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [e], dtype=tl.float32, is_pure=True, pack=1)
+        b_s = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], dtype=tl.float32, is_pure=True, pack=1)
     else:
-        b_s = tl.sigmoid(b_a)
+        # what rounding t has cost, and log2(e) beyond float32; float32's budget is that of a correct exponential
+        rest = tl.fma(b_a, -1.4426950408889634, -t) + b_a * -1.925963033500011e-08
+        b_s = tl.div_rn(1.0, 1.0 + tl.where(e < float("inf"), e + e * (0.6931471805599453 * rest), e))
     rest = 1.0 - b_s
     b_silu = b_a * b_s
     b_slope = b_s + b_silu * rest
