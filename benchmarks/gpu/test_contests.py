@@ -15,28 +15,33 @@ CONTESTS = (*swa.CONTESTS, *ttt_mlp.CONTESTS, *fusion.CONTESTS, *memory_input.CO
 
 
 @pytest.fixture(scope="session")
-def results(request: pytest.FixtureRequest, half_machine: dict[str, float]) -> list[dict]:
-    """What the contests of this session found; written when the session ends, if `--results DIR` was given."""
-    found: list[dict] = []
-    yield found
-    folder = request.config.getoption("--results")
-    if folder is None:
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for op in sorted({f["op"] for f in found}):
-        content = {"environment": environment("cuda"), "ceilings": half_machine, "contests": [f for f in found if f["op"] == op]}
-        (Path(folder) / f"{op}.json").write_text(json.dumps(content, indent=1))
+def record(request: pytest.FixtureRequest, half_machine: dict[str, float]) -> Callable[[dict], None]:
+    """Keeps what a contest found; with `--results DIR` its operator's file is rewritten at once, so that a run cut short leaves the rest."""
+    folder, found = request.config.getoption("--results"), []
+
+    def keep(result: dict) -> None:
+        found.append(result)
+        if folder is None:
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        contests = [f for f in found if f["op"] == result["op"]]
+        content = {"environment": environment("cuda"), "ceilings": half_machine, "contests": contests}
+        (Path(folder) / f"{result['op']}.json").write_text(json.dumps(content, indent=1))
+
+    return keep
 
 
 @pytest.mark.parametrize("contest", CONTESTS, ids=str)
-def test_contest(benchmark: Callable, device: str, half_machine: dict[str, float], results: list[dict], contest: Contest) -> None:
+def test_contest(
+    benchmark: Callable, device: str, half_machine: dict[str, float], record: Callable[[dict], None], contest: Contest
+) -> None:
     if device != "cuda":
         pytest.skip("contests are timed on a GPU: --device cuda")
     found = benchmark.pedantic(run, (contest, half_machine), rounds=1)
     card = torch.cuda.get_device_name()
     found["card"], found["verdicts"] = card, judge(contest, found, card, half_machine)
     benchmark.extra_info |= found
-    results.append(found)
+    record(found)
     for direction, contestants in found["directions"].items():
         for name, r in contestants.items():
             print(
