@@ -4,19 +4,20 @@ Besides the gradients a backward allocates `rows` (lse and delta for the kernels
 sums (see `_far_splits`), and on Hopper one float32 copy of dq (launch_bwd_hopper.py).
 """
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from allmem_ops._config import settings
 from allmem_ops.ops.kernels.configs import Config, Table, choose
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
+from allmem_ops.ops.kernels.launcher import launch, unchecked
 from allmem_ops.ops.swa import launch_bwd_hopper as hopper
 from allmem_ops.ops.swa.kernels.bwd import ROW_TILE, swa_bwd_dkdv_kernel, swa_bwd_dq_kernel, swa_bwd_rows_kernel
-from allmem_ops.ops.swa.launch import describable, descriptor
+from allmem_ops.ops.swa.launch import describable, descriptor, padded_head_dim
 
 # Shape class: (head dim rounded up to a power of two, bytes of an element). float32 is computed without tensor cores.
 DQ_CONFIGS: Table = {
@@ -95,8 +96,7 @@ class Call:
         self.window = min(window, self.Tk)
         self.sinks = min(sinks, self.Tk) if self.window < self.Tk else 0
         self.sequences = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
-        # Fewer than 16 columns are no matrix operand.
-        self.BD = max(16, triton.next_power_of_2(self.D))
+        self.BD = padded_head_dim(self.D)
         self.gpu = gpu_class(q.device)
         self.packed = cu_seqlens is not None
         self.shape_class = self.BD, q.element_size()
@@ -105,7 +105,7 @@ class Call:
 
     def slots(self, T: int, size: int) -> int:
         """Tile slots of `T` tokens; packed, see kernels/bwd.py."""
-        return T // size + self.sequences if self.packed else triton.cdiv(T, size)
+        return T // size + self.sequences if self.packed else -(-T // size)
 
     def _common(self) -> dict[str, Any]:
         return {
@@ -115,7 +115,16 @@ class Call:
             "BD": self.BD,
             "HALF": self.q.element_size() == 2,
             "PACKED": self.packed,
+            "B": self.B,
         }
+
+    def _launch(self, kernel: Any, programs: int, config: Config, **given: Any) -> None:
+        """Launch with arguments by name and `config`'s, past Triton's argument binding (see kernels/launcher.py)."""
+        given |= config.constants
+        args = [given[name] for name in kernel.arg_names]
+        options = config.launch_options()
+        key = (*map(_argument_class, kernel.params, args), *options.values()) if self.q.is_cuda else None
+        launch(kernel, key, self.q.device, programs * self.B, args, options)
 
     def _pairs(self) -> dict[str, Any]:
         return self._common() | {
@@ -136,27 +145,26 @@ class Call:
         able = settings().interpret or (self.gpu != "sm80" and self.q.element_size() == 2)
         return able and not self.packed and all(map(describable, tensors))
 
-    def _operands(self, tma: bool, *pairs: tuple[Tensor, int]) -> list[Any]:
+    def _operands(self, tma: bool, **pairs: tuple[Tensor, int]) -> dict[str, Any]:
         """Tensors with the rows of their tiles, as the kernels read them."""
-        if not tma:
-            return [x for x, _ in pairs]
-        return [descriptor(x, tile, self.BD) for x, tile in pairs]
+        return {name: descriptor(x, tile, self.BD) if tma else x for name, (x, tile) in pairs.items()}
 
     def fill_rows(self, o: Tensor, lse: Tensor, dlse: Tensor) -> None:
-        BM = ROWS_CONFIG.constants["BM"]
-        swa_bwd_rows_kernel[(self.rows.shape[3] // BM * self.HQ, self.B)](
-            o,
-            self.do,
-            lse,
-            dlse,
-            self.rows,
+        self._launch(
+            swa_bwd_rows_kernel,
+            self.rows.shape[3] // ROWS_CONFIG.constants["BM"] * self.HQ,
+            ROWS_CONFIG,
+            o=o,
+            do=self.do,
+            lse=lse,
+            dlse=dlse,
+            rows=self.rows,
             **_strides(o=o, g=self.do),
             **_strides("bth", l=lse, e=dlse),
             **self._common(),
             T=self.Tq,
             P=self.rows.shape[3],
             HQ=self.HQ,
-            **ROWS_CONFIG.options(),
         )
 
     def dq(
@@ -165,16 +173,20 @@ class Call:
         """dq of the far sinks, and of the window pairs (`saved`: o, lse and dlse; `rows` is then written) or what `acc` holds of these."""
         far = far and self.sinks > 0
         o, lse, dlse = (self.do, self.rows, self.rows) if saved is None else saved
-        tma = self._use_tma(q, self.k, self.v, o, self.do)
+        tma = (far or saved is not None) and self._use_tma(q, self.k, self.v, o, self.do)
         config = choose("swa_bwd_dq", DQ_CONFIGS if saved else FAR_DQ_CONFIGS, self.gpu, self.shape_class)
         BM, BN = config.constants["BM"], config.constants["BN"]
-        swa_bwd_dq_kernel[(self.slots(self.Tq, BM) * self.HQ, self.B)](
-            *self._operands(tma, (q, BM), (self.k, BN), (self.v, BN), (o, BM), (self.do, BM)),
-            lse,
-            dlse,
-            self.rows,
-            acc,
-            dq,
+        operands = self._operands(tma, q=(q, BM), k=(self.k, BN), v=(self.v, BN), o=(o, BM), do=(self.do, BM))
+        self._launch(
+            swa_bwd_dq_kernel,
+            self.slots(self.Tq, BM) * self.HQ,
+            config,
+            **operands,
+            lse=lse,
+            dlse=dlse,
+            rows=self.rows,
+            acc=acc,
+            dq=dq,
             **_strides(q=q, k=self.k, v=self.v, o=o, g=self.do),
             **_strides("bth", l=lse, e=dlse, dq=dq),
             **self._pairs(),
@@ -184,7 +196,6 @@ class Call:
             FAR=far,
             ACC=acc is not None,
             TMA=tma,
-            **config.options(),
         )
 
     def dkdv_config(self) -> Config:
@@ -202,7 +213,7 @@ class Call:
         BM, BN = config.constants["BM"], config.constants["BN"]
         if not self.sinks:
             return FarSums(self.rows, 0, self.B)
-        sink_tiles = triton.cdiv(self.sinks, BN)
+        sink_tiles = -(-self.sinks // BN)
         # Sequences with far sinks are longer than the window: at most one starts in any window + 1 tokens (see `far_sequence`).
         slots = min(self.sequences, self.Tq // (self.window + 1) + 1) if self.packed else self.B
         splits = self._far_splits(sink_tiles, slots, BM)
@@ -217,13 +228,16 @@ class Call:
     def _dkdv(self, q: Tensor, dk: Tensor, dv: Tensor, sums: FarSums, config: Config, programs: int, far: bool) -> None:
         tma = self._use_tma(q, self.k, self.v, self.do)
         BM, BN = config.constants["BM"], config.constants["BN"]
-        rows = TensorDescriptor(self.rows, list(self.rows.shape), list(self.rows.stride()), [1, 1, 1, BM])
-        swa_bwd_dkdv_kernel[(programs * self.HK, self.B)](
-            *self._operands(tma, (q, BM), (self.k, BN), (self.v, BN), (self.do, BM)),
-            rows,
-            dk,
-            dv,
-            sums.part,
+        rows = unchecked(TensorDescriptor, base=self.rows, shape=self.rows.shape, strides=self.rows.stride(), block_shape=[1, 1, 1, BM])
+        self._launch(
+            swa_bwd_dkdv_kernel,
+            programs * self.HK,
+            config,
+            **self._operands(tma, q=(q, BM), k=(self.k, BN), v=(self.v, BN), do=(self.do, BM)),
+            rows=rows,
+            dk=dk,
+            dv=dv,
+            part=sums.part,
             **_strides(q=q, k=self.k, v=self.v, g=self.do),
             **_strides("bth", dk=dk),
             **self._pairs(),
@@ -232,9 +246,22 @@ class Call:
             HK=self.HK,
             FAR=far,
             TMA=tma,
-            **config.options(),
         )
 
 
 def _strides(dims: str = "bthd", **tensors: Tensor) -> dict[str, int]:
     return {f"s_{name}{dim}": stride for name, x in tensors.items() for dim, stride in zip(dims, x.stride(), strict=False)}
+
+
+def _argument_class(parameter: Any, x: Any) -> Hashable:
+    """What Triton compiles anew for in an argument."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, TensorDescriptor):
+        return x.base.dtype, *x.block_shape
+    if x is None or parameter.is_constexpr:
+        return x
+    if isinstance(x, float):
+        return float
+    wide = not -(2**31) <= x < 2**31
+    return wide if parameter.do_not_specialize else (wide, x == 1, x % 16 == 0)

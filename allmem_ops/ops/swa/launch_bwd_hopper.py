@@ -8,11 +8,17 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from allmem_ops.ops.kernels.configs import Config, Table, choose
+from allmem_ops.ops.kernels.device import interpreted
+from allmem_ops.ops.kernels.launcher import launch, pointer_class, unchecked
 from allmem_ops.ops.swa.kernels.hopper_bwd import swa_bwd_hopper_kernel
 from allmem_ops.ops.swa.launch import LOG2E, describable
 
 if TYPE_CHECKING:
     from allmem_ops.ops.swa.launch_bwd import Call, FarSums
+
+_HALF = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+_SINGLE = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)
+_LINE = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
 
 KEYS = 128  # of a program: two warpgroups of 64
 
@@ -28,7 +34,7 @@ FAR_CONFIG = Config({"BM": 64, "BN": KEYS}, 8, 2)
 def serves(call: "Call") -> bool:
     """Whether the Hopper kernel takes this call; the portable ones take the others."""
     return (
-        call.q.is_cuda
+        not interpreted(call.q.device)
         and call.gpu == "sm90"
         and call.q.dtype in (torch.bfloat16, torch.float16)
         and call.D in (64, 128)
@@ -42,43 +48,48 @@ def window_pairs(call: "Call", dk: Tensor, dv: Tensor, far: "FarSums") -> Tensor
     BM, D, P = config.constants["BM"], call.D, call.rows.shape[3]
     acc = torch.empty(call.B, call.HQ, P, D, dtype=torch.float32, device=dk.device)
     tiles = P // BM
-    turn = torch.zeros(call.B * call.HQ * tiles + 1, dtype=torch.int32, device=dk.device)
-    slots = call.slots(call.Tk, KEYS)
-    swa_bwd_hopper_kernel[(slots * call.HK * call.B,)](
+    # The ticket first, and the turns where they are aligned to 16 bytes too.
+    zeros = torch.zeros(4 + call.B * call.HQ * tiles, dtype=torch.int32, device=dk.device)
+    slots, group = call.slots(call.Tk, KEYS), call.HQ // call.HK
+    args = (
         _descriptor(call.q, [1, BM, 1, D]),
         *(_descriptor(x, [1, 64, 1, D]) for x in (call.k, call.v)),
         _descriptor(call.do, [1, BM, 1, D]),
-        _descriptor(call.rows, [1, 1, 1, BM], swizzle=0),
-        _descriptor(acc, [1, 1, 64, 64]),
+        _descriptor(call.rows, [1, 1, 1, BM], _LINE),
+        _descriptor(acc, [1, 1, 64, 64], _SINGLE),
         *(_descriptor(x, [1, 64, 1, D]) for x in (dk, dv)),
         dk,
         dv,
         far.part,
-        turn,
-        turn[-1:],
+        zeros[4:],
+        zeros,
         call.cu_seqlens,
         *dk.stride()[:3],
-        Tq=call.Tq,
-        Tk=call.Tk,
-        window=call.window,
-        sinks=call.sinks,
-        sequences=call.sequences,
-        slots=slots,
-        tiles=tiles,
-        splits=far.splits,
-        far_slots=far.slots,
-        scale=call.scale,
-        scale_log2=call.scale * LOG2E,
-        HK=call.HK,
-        G=call.HQ // call.HK,
-        D=D,
-        **config.options(),
+        call.Tq,
+        call.Tk,
+        call.window,
+        call.sinks,
+        call.sequences,
+        slots,
+        tiles,
+        far.splits,
+        far.slots,
+        call.scale,
+        call.scale * LOG2E,
+        call.HK,
+        group,
+        D,
+        BM,
+        config.constants["REGISTERS"],
     )
+    options = config.launch_options()
+    strides = [s < 2**31 for s in dk.stride()[:3]]
+    key = (dk.dtype, D, group, *config.constants.values(), *options.values(), *strides, pointer_class(call.cu_seqlens))
+    launch(swa_bwd_hopper_kernel, key, dk.device, slots * call.HK * call.B, args, options)
     return acc
 
 
-def _descriptor(x: Tensor, block: list[int], swizzle: int = 128) -> TensorDescriptor:
+def _descriptor(x: Tensor, block: list[int], layout: NVMMASharedLayout = _HALF) -> TensorDescriptor:
     # The stride of a dimension of one element means nothing, and need not be a multiple of 16 bytes.
     strides = [16 if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride(), strict=False)]
-    layout = NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=4)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+    return unchecked(TensorDescriptor, base=x, shape=x.shape, strides=[*strides, 1], block_shape=block, layout=layout)

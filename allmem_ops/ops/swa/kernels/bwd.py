@@ -135,8 +135,8 @@ def hidden_to_zero(b_p, o_i, o_j, far, window, sinks):
 
 
 @triton.jit(
-    do_not_specialize=["N", "Tq", "Tk", "P", "window", "sinks", "HQ", "G"],
-    do_not_specialize_on_alignment=["N", "Tq", "Tk", "P", "window", "sinks", "HQ", "G"],
+    do_not_specialize=["N", "Tq", "Tk", "P", "window", "sinks", "B", "HQ", "G"],
+    do_not_specialize_on_alignment=["N", "Tq", "Tk", "P", "window", "sinks", "B", "HQ", "G"],
 )
 def swa_bwd_dq_kernel(
     q,
@@ -186,6 +186,7 @@ def swa_bwd_dq_kernel(
     window,
     sinks,
     scale,
+    B,
     HQ,
     G,
     D: tl.constexpr,
@@ -204,9 +205,9 @@ def swa_bwd_dq_kernel(
     ACC: on top of what `acc` fp32 [B, HQ, P, BD] holds, the unscaled dq of the window pairs.
     """
     # Heads run fastest: programs side by side read the same tokens, whole rows of memory, and share a group's keys and values.
-    i_hq = tl.program_id(0) % HQ
-    i_m = tl.program_id(0) // HQ
-    i_b = tl.program_id(1)
+    i_b = tl.program_id(0) % B
+    i_hq = tl.program_id(0) // B % HQ
+    i_m = tl.program_id(0) // B // HQ
     i_h = i_hq // G
     if PACKED:
         i_n, bos, Tk, i_m = sequence_of_slot(cu_seqlens, N, Tq, i_m, BM)
@@ -228,7 +229,7 @@ def swa_bwd_dq_kernel(
     if NEAR or FAR:
         b_do = load_tile(do, i_b, i0, i_hq, s_gb, s_gt, s_gh, s_gd, bos, Tq, BM, D, BD, TMA)
         p_rows = rows + (tl.cast(i_b, tl.int64) * HQ + i_hq) * P + r0 + o_m
-        s_rows = tl.cast(tl.num_programs(1), tl.int64) * HQ * P
+        s_rows = tl.cast(B, tl.int64) * HQ * P
         if NEAR:
             b_lse, b_delta = row_terms(
                 b_do, o, lse, dlse, i_b, i0, i_hq, s_ob, s_ot, s_oh, s_od, s_lb, s_lt, s_lh, s_eb, s_et, s_eh, bos, Tq, HALF, BM, D, BD, TMA
@@ -263,7 +264,7 @@ def swa_bwd_dq_kernel(
     store_tile(dq, b_dq * scale, i_b, i0, i_hq, s_dqb, s_dqt, s_dqh, bos, Tq, BM, D, BD)
 
 
-@triton.jit(do_not_specialize=["N", "T", "P", "HQ"], do_not_specialize_on_alignment=["N", "T", "P", "HQ"])
+@triton.jit(do_not_specialize=["N", "T", "P", "B", "HQ"], do_not_specialize_on_alignment=["N", "T", "P", "B", "HQ"])
 def swa_bwd_rows_kernel(
     o,
     do,
@@ -288,6 +289,7 @@ def swa_bwd_rows_kernel(
     N,
     T,
     P,
+    B,
     HQ,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -296,9 +298,9 @@ def swa_bwd_rows_kernel(
     BM: tl.constexpr,
 ):
     """`rows`, where no kernel of dq comes before that of dk and dv."""
-    i_hq = tl.program_id(0) % HQ
-    slot = tl.program_id(0) // HQ
-    i_b = tl.program_id(1)
+    i_b = tl.program_id(0) % B
+    i_hq = tl.program_id(0) // B % HQ
+    slot = tl.program_id(0) // B // HQ
     if PACKED:
         i_n, bos, T, i_m = sequence_of_slot(cu_seqlens, N, T, slot // (ROW_TILE // BM), ROW_TILE)
         r0 = (bos // ROW_TILE + i_n) * ROW_TILE
@@ -314,7 +316,7 @@ def swa_bwd_rows_kernel(
     p_rows = rows + (tl.cast(i_b, tl.int64) * HQ + i_hq) * P + r0 + i0 + tl.arange(0, BM)
     m_rows = r0 + i0 + tl.arange(0, BM) < P
     tl.store(p_rows, b_lse, mask=m_rows)
-    tl.store(p_rows + tl.cast(tl.num_programs(1), tl.int64) * HQ * P, b_delta, mask=m_rows)
+    tl.store(p_rows + tl.cast(B, tl.int64) * HQ * P, b_delta, mask=m_rows)
 
 
 @triton.jit
@@ -342,8 +344,8 @@ def far_sequence(cu_seqlens, N, T, i_f, window, slots):
 
 
 @triton.jit(
-    do_not_specialize=["N", "Tq", "Tk", "window", "sinks", "splits", "far_slots", "HK", "G"],
-    do_not_specialize_on_alignment=["N", "Tq", "Tk", "window", "sinks", "splits", "far_slots", "HK", "G"],
+    do_not_specialize=["N", "Tq", "Tk", "window", "sinks", "splits", "far_slots", "B", "HK", "G"],
+    do_not_specialize_on_alignment=["N", "Tq", "Tk", "window", "sinks", "splits", "far_slots", "B", "HK", "G"],
 )
 def swa_bwd_dkdv_kernel(
     q,
@@ -382,6 +384,7 @@ def swa_bwd_dkdv_kernel(
     splits,
     far_slots,
     scale,
+    B,
     HK,
     G,
     D: tl.constexpr,
@@ -398,9 +401,9 @@ def swa_bwd_dkdv_kernel(
     FAR: the far sink pairs of one of `splits` ranges of queries, left in `part` fp32 [B or far_slots, sink tile, HK, splits, 2, BN, BD].
     Otherwise the window pairs, on top of the sum of what FAR has left.
     """
-    i_h = tl.program_id(0) % HK
-    i_x = tl.program_id(0) // HK
-    i_b = tl.program_id(1)
+    i_b = tl.program_id(0) % B
+    i_h = tl.program_id(0) // B % HK
+    i_x = tl.program_id(0) // B // HK
     sink_tiles = (sinks + BN - 1) // BN
     i_s = 0
     if FAR:
