@@ -16,7 +16,7 @@ CONTESTS = (*swa.CONTESTS, *ttt_mlp.CONTESTS, *fusion.CONTESTS, *memory_input.CO
 
 @pytest.fixture(scope="session")
 def record(request: pytest.FixtureRequest, half_machine: dict[str, float]) -> Callable[[dict], None]:
-    """Keeps what a contest found; with `--results DIR` its operator's file is rewritten at once, so that a run cut short leaves the rest."""
+    """Keeps what a contest found; with `--results DIR` its operator's file is rewritten at once: a run cut short leaves the rest."""
     folder, found = request.config.getoption("--results"), []
 
     def keep(result: dict) -> None:
@@ -49,6 +49,10 @@ def test_contest(
                 flush=True,
             )
     for v in found["verdicts"]:
-        print(f"    {v}", flush=True)
+        mark = "target reached" if v["reached"] else "gate passed" if v["passed"] else "MISSED"
+        print(
+            f"    {v['direction']} | {v['against'] or v['unit']} | {v['figure']} | gate {v['gate']:.4g}, target {v['target']:.4g} | {mark}",
+            flush=True,
+        )
     missed = [v for v in found["verdicts"] if not v["passed"]]
     assert not missed, f"{contest} misses its gates: {missed}"
