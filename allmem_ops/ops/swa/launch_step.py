@@ -50,10 +50,11 @@ def swa_step(
         if not x.is_contiguous():
             fail(f"cache.{name}", "must be contiguous", f"strides {list(x.stride())}")
     G, BD = HQ // HK, max(16, 1 << (D - 1).bit_length())
+    if B == 0:
+        return torch.empty_like(q)
     gpu = gpu_class(q.device)
     config = candidates(_SPLIT, gpu, (BD, q.element_size()))[0]
-    sms = sm_count(q.device)
-    splits = split_count(B * HK, window + sinks, config.constants["BN"], sms)
+    splits = split_count(B * HK, window + sinks, config.constants["BN"], sm_count(q.device))
     part_o = torch.empty(B, HQ, splits, D, dtype=torch.float32, device=q.device)
     part_ml = torch.empty(B, HQ, splits, 2, dtype=torch.float32, device=q.device)
     seen, o = torch.empty_like(positions), torch.empty(B, 1, HQ, D, dtype=q.dtype, device=q.device)

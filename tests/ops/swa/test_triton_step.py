@@ -275,6 +275,11 @@ def test_what_the_kernels_do_not_take_is_one_clear_error():
     assert WindowCache.from_state_dict(cache.state_dict()).ring_k.is_contiguous()
 
 
+def test_no_rows():
+    cache = cache_at((3, 3), 5, 2).index_select([])
+    assert swa_step(**token(cache, 4), cache=cache, impl="triton").shape == (0, 1, 4, 16)
+
+
 def test_flops_are_those_of_all_slots():
     from torch.utils.flop_counter import FlopCounterMode
 
