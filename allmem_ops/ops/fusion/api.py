@@ -78,7 +78,7 @@ def gated_fusion(
 _OPS = {
     "reference": gated_fusion_reference,
     "chunk": registration.gated_fusion_chunk,
-    "triton": registration.gated_fusion_triton,
+    "triton": registration.run_triton,
 }
 
 

@@ -4,13 +4,13 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from allmem_ops.ops.fusion.kernels.bwd import gated_fusion_bwd_kernel, gated_fusion_bwd_sums_kernel
 from allmem_ops.ops.fusion.kernels.fwd import gated_fusion_fwd_kernel
 from allmem_ops.ops.kernels.configs import Config, Table, choose
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
+from allmem_ops.ops.kernels.launcher import launch_plain
 
 # TILE: elements of a tile. PER_SM: programs a streaming multiprocessor, at most. STAGES: of the loop over tiles.
 _FWD: Table = {("sm80", "rows"): [Config({"TILE": 4096, "PER_SM": 8, "STAGES": 2}, 8, 1)]}
@@ -66,17 +66,17 @@ def _rows(memory: Tensor, gate: Tensor | None, norm_weight: Tensor | None) -> _R
         W = D // H
     else:
         W = min(1024, max(64, D & -D))
-        H = triton.cdiv(D, W)
+        H = -(-D // W)
     return _Rows(H, W, D, (s_b, s_t, W * s_w, s_w), form)
 
 
 def _plan(rows: _Rows, memory: Tensor, config: Config, *others: Tensor | None) -> _Plan:
     B, T = memory.shape[:2]
-    BW = triton.next_power_of_2(rows.W)
+    BW = 1 << (rows.W - 1).bit_length()
     BR = max(1, config.constants["TILE"] // BW)
     # A multiple of `turn` programs keeps each row of a tile at one head.
     turn = rows.H // math.gcd(rows.H, BR)
-    tiles = triton.cdiv(triton.cdiv(B * T * rows.H, BR), turn) * turn
+    tiles = -(-B * T * rows.H // (BR * turn)) * turn
     most = max(1, config.constants["PER_SM"] * sm_count(memory.device) // turn) * turn
     batch = B > 1 and any(x.stride(0) != T * x.stride(1) for x in (memory, *others) if x is not None)
     return _Plan(BR, BW, min(tiles, most), batch)
@@ -103,31 +103,10 @@ def launch_forward(
 
     def run(config: Config) -> None:
         plan = _plan(rows, memory, config, attn, gate)
-        gated_fusion_fwd_kernel[(plan.programs,)](
-            attn,
-            memory,
-            alpha,
-            gate,
-            norm_weight,
-            y,
-            B * T,
-            T,
-            eps,
-            *_strides(attn, 3),
-            *rows.strides,
-            *_strides(alpha, 1),
-            *_strides(gate, 3),
-            *_strides(norm_weight, 1),
-            H=rows.H,
-            W=rows.W,
-            D=rows.D,
-            BATCH=plan.batch,
-            GATE=rows.gate,
-            BR=plan.BR,
-            BW=plan.BW,
-            STAGES=config.constants["STAGES"],
-            num_warps=_warps(config, plan),
-        )
+        args = [attn, memory, alpha, gate, norm_weight, y, B * T, T, eps]
+        args += [*_strides(attn, 3), *rows.strides, *_strides(alpha, 1), *_strides(gate, 3), *_strides(norm_weight, 1)]
+        args += [rows.H, rows.W, rows.D, plan.batch, rows.gate, plan.BR, plan.BW, config.constants["STAGES"]]
+        launch_plain(gated_fusion_fwd_kernel, memory.device, plan.programs, args, {"num_warps": _warps(config, plan)})
 
     run(choose("gated_fusion_fwd", _FWD, gpu_class(memory.device), "rows", run))
     return y
@@ -154,53 +133,18 @@ def launch_backward(
             alpha_sums = torch.empty(plan.programs * plan.BR // fold, plan.BW, dtype=torch.float32, device=memory.device)
         if dweight is not None:
             weight_sums = torch.empty(plan.programs, plan.BW, dtype=torch.float32, device=memory.device)
-        gated_fusion_bwd_kernel[(plan.programs,)](
-            dy,
-            memory,
-            alpha,
-            gate,
-            norm_weight,
-            dmemory,
-            dgate,
-            alpha_sums,
-            weight_sums,
-            B * T,
-            T,
-            eps,
-            *dy.stride(),
-            *rows.strides,
-            *_strides(alpha, 1),
-            *_strides(gate, 3),
-            *_strides(norm_weight, 1),
-            H=rows.H,
-            W=rows.W,
-            D=rows.D,
-            BATCH=plan.batch,
-            GATE=rows.gate,
-            BR=plan.BR,
-            BW=plan.BW,
-            FOLD=fold,
-            STAGES=config.constants["STAGES"],
-            num_warps=_warps(config, plan),
-        )
+        args = [dy, memory, alpha, gate, norm_weight, dmemory, dgate, alpha_sums, weight_sums, B * T, T, eps]
+        args += [*dy.stride(), *rows.strides, *_strides(alpha, 1), *_strides(gate, 3), *_strides(norm_weight, 1)]
+        args += [rows.H, rows.W, rows.D, plan.batch, rows.gate, plan.BR, plan.BW, fold, config.constants["STAGES"]]
+        launch_plain(gated_fusion_bwd_kernel, memory.device, plan.programs, args, {"num_warps": _warps(config, plan)})
         if alpha_sums is None and weight_sums is None:
             return
         columns = (0 if alpha_sums is None else rows.H * plan.BW), (0 if weight_sums is None else plan.BW)
-        gated_fusion_bwd_sums_kernel[(sum(triton.cdiv(n, _SUM_COLUMNS) for n in columns),)](
-            alpha_sums,
-            weight_sums,
-            dalpha,
-            dweight,
-            0 if alpha_sums is None else alpha_sums.shape[0] // rows.H,
-            plan.programs,
-            H=rows.H,
-            W=rows.W,
-            D=rows.D,
-            BW=plan.BW,
-            BN=_SUM_ROWS,
-            BC=_SUM_COLUMNS,
-            num_warps=4,
-        )
+        programs = sum(-(-n // _SUM_COLUMNS) for n in columns)
+        alpha_rows = 0 if alpha_sums is None else alpha_sums.shape[0] // rows.H
+        args = [alpha_sums, weight_sums, dalpha, dweight, alpha_rows, plan.programs]
+        args += [rows.H, rows.W, rows.D, plan.BW, _SUM_ROWS, _SUM_COLUMNS]
+        launch_plain(gated_fusion_bwd_sums_kernel, memory.device, programs, args, {"num_warps": 4})
 
     run(choose("gated_fusion_bwd", _BWD, gpu_class(memory.device), "rows", run))
     return dmemory, dalpha, dgate, dweight

@@ -39,6 +39,24 @@ def launch(kernel: Any, key: Hashable, device: torch.device, programs: int, args
         found[0][programs, 1, 1](*args)
 
 
+def launch_plain(kernel: Any, device: torch.device, programs: int, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """`launch` for a kernel of plain pointers and numbers, whose key the arguments themselves give."""
+    key = tuple(map(_argument_class, kernel.params, args)) + tuple(options.values()) if device.type == "cuda" else None
+    launch(kernel, key, device, programs, args, options)
+
+
+def _argument_class(parameter: Any, value: Any) -> Hashable:
+    """What Triton compiles anew for in an argument. Unspecialised numbers are of one class, as long as they fit into 32 bits."""
+    if value is None or parameter.is_constexpr:
+        return value
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return "float"
+    wide = not -(2**31) <= value < 2**31
+    return wide if parameter.do_not_specialize else (wide, value == 1, value % 16 == 0)
+
+
 def pointer_class(x: Tensor | None) -> Hashable:
     """What Triton compiles anew for in a pointer."""
     return None if x is None else (x.dtype, x.data_ptr() % 16 == 0)

@@ -208,7 +208,7 @@ def memory_input_step(
 _OPS = {
     "reference": memory_input_reference,
     "chunk": registration.memory_input_chunk,
-    "triton": registration.memory_input_triton,
+    "triton": registration.run_triton,
 }
 
 

@@ -25,7 +25,7 @@ def tail_after(x: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None, back: 
         return torch.cat([before, last], 1)
     start, end = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
     index = end - back + torch.arange(back, device=x.device)
-    after = x[0, index.clamp(min=0)] if x.shape[1] else x.new_zeros(*index.shape, x.shape[2])
+    after = x[0, index.clamp(0, x.shape[1] - 1)] if x.shape[1] else x.new_zeros(*index.shape, x.shape[2])
     if tail is None:
         before = torch.zeros_like(after)
     else:

@@ -3,11 +3,11 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from allmem_ops.ops.kernels.configs import Config, Table, choose
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
+from allmem_ops.ops.kernels.launcher import launch_plain
 from allmem_ops.ops.memory_input.chunk import token_places
 from allmem_ops.ops.memory_input.kernels.bwd import memory_input_bwd_kernel
 from allmem_ops.ops.memory_input.kernels.fwd import memory_input_fwd_kernel
@@ -43,15 +43,14 @@ class _Plan(NamedTuple):
 
 def _plan(B: int, T: int, H: int, W: int, config: Config, device: torch.device) -> _Plan:
     constants = config.constants
-    BW = triton.next_power_of_2(W)
-    BR = 1
+    BW, BR = 1 << (W - 1).bit_length(), 1
     # Heads side by side make longer runs of memory, as long as no more than a quarter of the lanes lies idle.
-    while (wider := 2 * BR) * BW <= constants["TILE"] and 3 * triton.cdiv(H, wider) * wider <= 4 * H:
+    while (wider := 2 * BR) * BW <= constants["TILE"] and 3 * -(-H // wider) * wider <= 4 * H:
         BR = wider
-    blocks = triton.cdiv(H, BR)
+    blocks = -(-H // BR)
     spans = max(1, constants["PER_SM"] * sm_count(device) // (3 * blocks * B))
-    span = max(constants["SPAN"], triton.cdiv(T, spans))
-    spans = triton.cdiv(T, span)
+    span = max(constants["SPAN"], -(-T // spans))
+    spans = -(-T // span)
     warps = max(1, min(16, config.num_warps * BR * BW // constants["TILE"]))
     return _Plan(H, W, BR, BW, blocks, span, spans, 3 * blocks * spans * B, warps)
 
@@ -87,6 +86,7 @@ def _forward(
     l2_eps: float,
 ) -> tuple[Tensor, ...]:
     B, T = projected.shape[:2]
+    device = projected.device
     channels, taps = conv_weight.shape
     W, gates = channels // (3 * heads), head_bias.shape[0] - 4 * heads
     outputs = q, k, v, eta, mu, gate = _empty_outputs(projected, heads, W, gates)
@@ -97,10 +97,10 @@ def _forward(
         tail = tail if update else tail.contiguous()
 
     def run(config: Config) -> None:
-        plan = _plan(B, T, heads, W, config, projected.device)
+        plan = _plan(B, T, heads, W, config, device)
         if update:
             plan = plan._replace(span=T, spans=1, programs=3 * plan.blocks * B)
-        memory_input_fwd_kernel[(plan.programs,)](
+        args = [
             projected,
             conv_weight,
             q_norm,
@@ -117,24 +117,15 @@ def _forward(
             plan.spans,
             norm_eps,
             l2_eps,
-            *projected.stride(),
-            H=heads,
-            W=W,
-            TAPS=taps,
-            UPDATE=update,
-            SILU=silu,
-            L2=l2,
-            BR=plan.BR,
-            BW=plan.BW,
-            num_warps=plan.warps,
-        )
+        ]
+        args += [*projected.stride(), heads, W, taps, update, silu, l2, plan.BR, plan.BW]
+        launch_plain(memory_input_fwd_kernel, device, plan.programs, args, {"num_warps": plan.warps})
 
-    run(choose("memory_input_fwd", _FWD, gpu_class(projected.device), "rows", None if update else run))
-    grid = triton.cdiv(T, _HEADS_TOKENS), triton.cdiv(head_bias.shape[0], _HEADS_COLUMNS), B
+    run(choose("memory_input_fwd", _FWD, gpu_class(device), "rows", None if update else run))
     logits = projected[..., channels:]
-    memory_input_heads_fwd_kernel[grid](
-        logits, head_bias, eta, mu, gate, T, *logits.stride(), H=heads, G=gates, BT=_HEADS_TOKENS, BE=_HEADS_COLUMNS, num_warps=4
-    )
+    args = [logits, head_bias, eta, mu, gate, T, *logits.stride(), heads, gates, _HEADS_TOKENS, _HEADS_COLUMNS]
+    programs = -(-T // _HEADS_TOKENS) * B * -(-head_bias.shape[0] // _HEADS_COLUMNS)
+    launch_plain(memory_input_heads_fwd_kernel, device, programs, args, {"num_warps": 4})
     return outputs
 
 
@@ -210,90 +201,29 @@ def launch_backward(
         return tuple(None if g is None else g.zero_() for g in grads)
     sequence, position = _places(cu_seqlens, T)
     logits, dlogits = projected[..., channels:], dprojected[..., channels:]
-    blocks = triton.cdiv(T, _HEADS_TOKENS) * B
-    programs = min(blocks, 2 * sm_count(device))
-    bias_sums = torch.empty(programs, columns, dtype=torch.float32, device=device)
-    memory_input_heads_bwd_kernel[(programs, triton.cdiv(columns, _HEADS_COLUMNS))](
-        deta,
-        dmu,
-        dgate,
-        logits,
-        head_bias,
-        dlogits,
-        bias_sums,
-        T,
-        blocks,
-        *logits.stride(),
-        *deta.stride(),
-        *dmu.stride(),
-        *dgate.stride(),
-        *dlogits.stride()[:2],
-        H=heads,
-        G=columns - 4 * heads,
-        BT=_HEADS_TOKENS,
-        BE=_HEADS_COLUMNS,
-        num_warps=4,
-    )
+    blocks = -(-T // _HEADS_TOKENS) * B
+    bias_rows = min(blocks, 2 * sm_count(device))
+    bias_sums = torch.empty(bias_rows, columns, dtype=torch.float32, device=device)
+    args = [deta, dmu, dgate, logits, head_bias, dlogits, bias_sums, T, blocks]
+    args += [*logits.stride(), *deta.stride(), *dmu.stride(), *dgate.stride(), *dlogits.stride()[:2]]
+    args += [heads, columns - 4 * heads, _HEADS_TOKENS, _HEADS_COLUMNS]
+    launch_plain(memory_input_heads_bwd_kernel, device, bias_rows * -(-columns // _HEADS_COLUMNS), args, {"num_warps": 4})
+    tail = None if tail is None else tail.contiguous()
 
     def run(config: Config) -> None:
         plan = _plan(B, T, heads, W, config, device)
         parts = B * plan.spans
         tap_sums = torch.empty(parts, taps, channels, dtype=torch.float32, device=device)
         norm_sums = None if q_norm is None else torch.empty(parts * plan.blocks, 2, plan.BW, dtype=torch.float32, device=device)
-        memory_input_bwd_kernel[(plan.programs,)](
-            dq,
-            dk,
-            dv,
-            projected,
-            conv_weight,
-            q_norm,
-            k_norm,
-            dprojected,
-            None if tail is None else tail.contiguous(),
-            sequence,
-            position,
-            tap_sums,
-            norm_sums,
-            T,
-            plan.span,
-            plan.spans,
-            norm_eps,
-            l2_eps,
-            *projected.stride(),
-            *dq.stride(),
-            *dk.stride(),
-            *dv.stride(),
-            *dprojected.stride()[:2],
-            H=heads,
-            W=W,
-            TAPS=taps,
-            SILU=silu,
-            L2=l2,
-            BR=plan.BR,
-            BW=plan.BW,
-            num_warps=plan.warps,
-        )
+        args = [dq, dk, dv, projected, conv_weight, q_norm, k_norm, dprojected, tail, sequence, position, tap_sums, norm_sums]
+        args += [T, plan.span, plan.spans, norm_eps, l2_eps, *projected.stride()]
+        args += [*dq.stride(), *dk.stride(), *dv.stride(), *dprojected.stride()[:2], heads, W, taps, silu, l2, plan.BR, plan.BW]
+        launch_plain(memory_input_bwd_kernel, device, plan.programs, args, {"num_warps": plan.warps})
         widths = taps * channels, columns, 0 if norm_sums is None else 2 * plan.BW
-        memory_input_bwd_sums_kernel[(sum(triton.cdiv(n, _SUM_COLUMNS) for n in widths),)](
-            tap_sums,
-            norm_sums,
-            bias_sums,
-            dtaps,
-            dq_norm,
-            dk_norm,
-            dbias,
-            parts,
-            parts * plan.blocks,
-            programs,
-            C=channels,
-            W=W,
-            E=columns,
-            TAPS=taps,
-            BW=plan.BW,
-            BN=_SUM_ROWS,
-            BC=_SUM_COLUMNS,
-            num_warps=4,
-        )
+        args = [tap_sums, norm_sums, bias_sums, dtaps, dq_norm, dk_norm, dbias, parts, parts * plan.blocks, bias_rows]
+        args += [channels, W, columns, taps, plan.BW, _SUM_ROWS, _SUM_COLUMNS]
+        programs = sum(-(-n // _SUM_COLUMNS) for n in widths)
+        launch_plain(memory_input_bwd_sums_kernel, device, programs, args, {"num_warps": 4})
 
     run(choose("memory_input_bwd", _BWD, gpu_class(device), "rows", run))
     return grads

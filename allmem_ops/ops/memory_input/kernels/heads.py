@@ -21,7 +21,10 @@ def memory_input_heads_fwd_kernel(
     BE: tl.constexpr,
 ):
     """A program: BT tokens by BE columns. Columns: 3*H of eta, H of mu, G of the gate."""
-    i_t, i_e, i_b = tl.program_id(0), tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
+    NE: tl.constexpr = (4 * H + G + BE - 1) // BE
+    i_e, i_t = tl.program_id(0) % NE, tl.program_id(0) // NE
+    NT = tl.cdiv(T, BT)
+    i_b, i_t = tl.cast(i_t // NT, tl.int64), i_t % NT
     o_t, o_e = tl.cast(i_t * BT + tl.arange(0, BT), tl.int64)[:, None], (i_e * BE + tl.arange(0, BE))[None, :]
     m_x = (o_t < T) & (o_e < 4 * H + G)
     b_bias = tl.load(p_bias + o_e, mask=o_e < 4 * H + G, other=0.0).to(tl.float32)
@@ -65,8 +68,9 @@ def memory_input_heads_bwd_kernel(
     BT: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """A program: every num_programs-th of the `blocks` blocks of BT tokens, BE columns. p_bias_sums fp32 [programs, 4*H + G]."""
-    i_e = tl.program_id(1)
+    """A program: BE columns, and of the `blocks` blocks of BT tokens every `parts`-th. p_bias_sums fp32 [parts, 4*H + G]."""
+    NE: tl.constexpr = (4 * H + G + BE - 1) // BE
+    i_e, i_part, parts = tl.program_id(0) % NE, tl.program_id(0) // NE, tl.num_programs(0) // NE
     o_e = (i_e * BE + tl.arange(0, BE))[None, :]
     m_e = o_e < 4 * H + G
     b_bias = tl.load(p_bias + o_e, mask=m_e, other=0.0).to(tl.float32)
@@ -74,7 +78,7 @@ def memory_input_heads_bwd_kernel(
     is_eta, is_mu = m_e & (o_e < 3 * H), m_e & (o_e >= 3 * H) & (o_e < 4 * H)
     b_sum = tl.zeros([BT, BE], dtype=tl.float32)
     NT = tl.cdiv(T, BT)
-    for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
+    for i in range(i_part, blocks, parts):
         i_b = tl.cast(i // NT, tl.int64)
         o_t = tl.cast(i % NT * BT + tl.arange(0, BT), tl.int64)[:, None]
         m_t = o_t < T
@@ -89,5 +93,5 @@ def memory_input_heads_bwd_kernel(
             b_dx += tl.load(p_row + (o_c - 4 * H) * s_dgate_c, mask=m_t & m_e & (o_e >= 4 * H), other=0.0).to(tl.float32)
         b_sum += b_dx
         tl.store(p_dx + i_b * s_dx_b + o_t * s_dx_t + o_c, b_dx.to(p_dx.dtype.element_ty), mask=m_t & m_e)
-    o_out = tl.program_id(0) * (4 * H + G) + i_e * BE + tl.arange(0, BE)
+    o_out = i_part * (4 * H + G) + i_e * BE + tl.arange(0, BE)
     tl.store(p_bias_sums + o_out, tl.sum(b_sum, 0), mask=i_e * BE + tl.arange(0, BE) < 4 * H + G)
