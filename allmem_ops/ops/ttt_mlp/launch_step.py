@@ -22,7 +22,7 @@ _NAMES = [f"{kind}_{matrix}" for kind in "wmg" for matrix in ("gate", "up", "dow
 _NAMES += ["mu_sum", "count", "position", "tail_k", "tail_v", "tail_eta", "tail"]
 
 # (padded d, dtype of q): HS hidden units and BT tokens at a time when the tail is folded. These kernels spill easily: every
-# entry compiles for sm_90 with at most 8 bytes of it, and the products of fp32 operands (also float16's with a rate) need the
+# entry compiles for sm_90 with at most 96 bytes of it, and the products of fp32 operands (also float16's with a rate) need the
 # small tiles for that.
 _FOLD: Table = {
     ("sm80", (padded, dtype)): [Config({"HS": 16, "BT": 16}, 8, 1)] for padded in (16, 32, 64, 128) for dtype in ("float16", "float32")
