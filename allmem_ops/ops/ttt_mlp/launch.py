@@ -38,6 +38,7 @@ class Recipe(NamedTuple):
     """What follows from device, widths and dtype alone."""
 
     sms: int
+    persistent: bool  # whether the chain may be one launch
     BD: int
     HS: int
     slices: int
@@ -55,7 +56,9 @@ def recipe(device: torch.device, d: int, h: int, dtype: torch.dtype) -> Recipe:
     HS = chain_options.pop("HS")
     resident = h <= 2 * read_options["BH"] and BD * h <= 64 * 128 and dtype != torch.float32
     of_read = {"D": d, "HID": h, "BD": BD, "RESIDENT": resident, **read_options, **arithmetic}
-    return Recipe(sm_count(device), BD, HS, -(-h // HS), chain_options | arithmetic, of_read)
+    # Triton 3.6 does not compile the persistent chain for sm100 (an assertion in its pass NVWSInsertTmemAref)
+    may_stay = not INTERPRET and gpu != "sm100"
+    return Recipe(sm_count(device), may_stay, BD, HS, -(-h // HS), chain_options | arithmetic, of_read)
 
 
 def splits(programs: int, HS: int, sms: int) -> int:
@@ -126,7 +129,7 @@ def write(
     _, tokens, heads, d = k.shape
     h = weights[0].shape[1]
     chunk_size, norm, _, grad_clip, eps = options
-    sms, BD, HS, slices, kind, _ = recipe(k.device, d, h, k.dtype)
+    sms, may_stay, BD, HS, slices, kind, _ = recipe(k.device, d, h, k.dtype)
     X = spans.sequences * heads
     SP = splits(X * slices, HS, sms)
     parts = slices * SP
@@ -137,7 +140,7 @@ def write(
     strides = *k.stride(), *v.stride(), *eta.stride(), *mu.stride()
     span = cu_seqlens, count, out.first
     clipped, empty = grad_clip is not None, out.n.new_empty
-    if not INTERPRET and parts <= sms:
+    if may_stay and parts <= sms:
         groups = min(X, sms // parts)
         scratch = empty(X * (((SP if SP > 1 else 0) + 1) * 3 * d * h + parts * (3 * d + 6)))
         persistent.ttt_mlp_fwd_chain_kernel[(groups * parts,)](
@@ -180,7 +183,7 @@ def read(
 ) -> None:
     """All reads, once every slot is filled."""
     _, tokens, heads, d = q.shape
-    sms, _, _, _, _, kind = recipe(q.device, d, x_read.shape[-1], q.dtype)
+    sms, *_, kind = recipe(q.device, d, x_read.shape[-1], q.dtype)
     # Programs for a slot and head: as many as a chunk of the average length has tiles, fewer where that fills the GPU several times.
     slots = spans.slots
     tiles = -(-spans.batch * tokens // (slots * kind["BT"]))

@@ -55,6 +55,7 @@ def descent(
         m_t = o_t < stop - t
         mask = m_t[:, None] & (o_d < D)[None, :]
         t = tl.cast(t, tl.int64)
+        o_t = tl.cast(o_t, tl.int64)
         b_k = tl.load(p_k + t * sk_t + (o_t[:, None] * sk_t + o_d[None, :] * sk_d), mask=mask, other=0.0)
         b_v = tl.load(p_v + t * sv_t + (o_t[:, None] * sv_t + o_d[None, :] * sv_d), mask=mask, other=0.0)
         p_e = p_eta + t * se_t + o_t * se_t
@@ -161,7 +162,7 @@ def chunk_mus(
         start, stop = chunk_span(i_c, length, held, chunk_size)
         b_mu = tl.zeros([BM], dtype=tl.float32)
         for t in tl.range(start, stop, BM):
-            b_mu += tl.load(p_mu + tl.cast(t, tl.int64) * sm_t + o_m * sm_t, mask=o_m < stop - t, other=0.0)
+            b_mu += tl.load(p_mu + (tl.cast(t, tl.int64) + o_m) * sm_t, mask=o_m < stop - t, other=0.0)
         total = tl.sum(b_mu, 0)
         if STATE:
             if i_c == 0:

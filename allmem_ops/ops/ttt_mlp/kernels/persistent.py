@@ -133,10 +133,10 @@ def ttt_mlp_fwd_chain_kernel(
                 barrier(counter, target)
                 d_gate, d_up, d_down = sum_slabs(slabs, i_x, o_d, o_h, mask, D, HID, SP)
             d_gate, d_up, d_down = with_held(d_gate, d_up, d_down, g_gate, g_up, g_down, i_x, o_d, o_h, mask, i_c, D, HID, STATE)
-            if i_c == written:
-                if KEEP:
+            if KEEP:
+                if i_c == written:
                     store_public(h_gate, h_up, h_down, i_x, o_d, o_h, mask, 0.0 - d_gate, 0.0 - d_up, 0.0 - d_down, D, HID)
-            else:
+            if i_c < written:
                 if CLIP:
                     p_squares = squares + (i_c % 2) * X * (PARTS * 3)
                     store_squares(p_squares, i_x, i_p, d_gate, d_up, d_down, PARTS)

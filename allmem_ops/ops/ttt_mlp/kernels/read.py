@@ -54,6 +54,7 @@ def ttt_mlp_fwd_read_kernel(
     if i_p >= tiles:
         return
     o_t, o_d = tl.arange(0, BT), tl.arange(0, BD)
+    j_t = tl.cast(o_t, tl.int64)
     m_d = o_d < D
     p_w = w + tl.cast(i_r, tl.int64) * (3 * D * HID) + o_d[:, None] * HID
     s_down = tl.full([BD], 1.0, dtype=tl.float32)
@@ -71,7 +72,7 @@ def ttt_mlp_fwd_read_kernel(
         t = start + i_t * BT
         mask = (o_t < stop - t)[:, None] & m_d[None, :]
         t = tl.cast(t, tl.int64)
-        b_q = tl.load(p_q + t * sq_t + (o_t[:, None] * sq_t + o_d[None, :] * sq_d), mask=mask, other=0.0)
+        b_q = tl.load(p_q + t * sq_t + (j_t[:, None] * sq_t + o_d[None, :] * sq_d), mask=mask, other=0.0)
         b_o = tl.zeros([BT, BD], dtype=tl.float32)
         if RESIDENT:
             b_o = read_slice(b_q, w_0[0], w_0[1], w_0[2], b_o, PREC, FAST)
@@ -85,4 +86,4 @@ def ttt_mlp_fwd_read_kernel(
             b_o *= s_down[None, :]
         if RESIDUAL:
             b_o += tl.cast(b_q, tl.float32)
-        tl.store(p_o + t * so_t + (o_t[:, None] * so_t + o_d[None, :] * so_d), tl.cast(b_o, o.dtype.element_ty), mask=mask)
+        tl.store(p_o + t * so_t + (j_t[:, None] * so_t + o_d[None, :] * so_d), tl.cast(b_o, o.dtype.element_ty), mask=mask)
