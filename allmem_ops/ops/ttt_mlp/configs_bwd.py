@@ -7,9 +7,9 @@ for it at its top, and nothing overlaps. Where three stages do not fit into shar
 from allmem_ops.ops.kernels.configs import Config, Table
 
 
-def _tile(BT: int, BH: int, warps: int, stages: int, **more: int) -> list[Config]:
+def _tile(BT: int, BH: int, warps: int, stages: int, registers: int | None = None, **more: int) -> list[Config]:
     """BT tokens a tile, BH hidden units at a time."""
-    return [Config({"BT": BT, "BH": BH, **more}, warps, stages)]
+    return [Config({"BT": BT, "BH": BH, **more}, warps, stages, registers)]
 
 
 DQ: Table = {}
@@ -29,8 +29,9 @@ for _hid in (16, 32, 64, 128, 256, 512):
             LAST["sm80", _class] = _tile(BT, BH if _bd < 128 else _some, 4, stages)
     for _bd in (32, 64):
         _class = _bd, _hid, "bfloat16"
-        DQ["sm90", _class] = _tile(64, _half, 4, 3)
-        DREAD["sm90", _class] = _tile(64, _half, 4, 3, AHEAD=0)
+        # limits on registers that cost no spills: four programs an SM instead of three, and three instead of two
+        DQ["sm90", _class] = _tile(64, _half, 4, 3, 128)
+        DREAD["sm90", _class] = _tile(64, _half, 4, 3, 168, AHEAD=0)
         CHAIN["sm90", _class] = _tile(64, _half, 4, 3, AHEAD=0, RESIDENT=2)
         LAST["sm90", _class] = _tile(64, _half, 4, 3)
     _class = 128, _hid, "bfloat16"
