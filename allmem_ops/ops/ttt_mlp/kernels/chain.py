@@ -28,6 +28,7 @@ from allmem_ops.ops.ttt_mlp.kernels.common import (
     store_public,
     store_three,
 )
+from allmem_ops.ops.ttt_mlp.kernels.pairs import operand
 
 # ---- one chunk
 
@@ -77,9 +78,9 @@ def descent(
             # factors that carry a rate leave the range of float16; tf32 has float16's mantissa and float32's range
             b_kt = tl.trans(tl.cast(b_k, tl.float32))
             b_vt = tl.trans(tl.cast(b_v, tl.float32))
-            d_gate = tl.dot(b_kt, y_gate, d_gate, input_precision="tf32")
-            d_up = tl.dot(b_kt, y_up, d_up, input_precision="tf32")
-            d_down = tl.dot(b_vt, y_down, d_down, input_precision="tf32")
+            d_gate = tl.dot(b_kt, operand(y_gate, tl.float32, "tf32"), d_gate, input_precision="tf32")
+            d_up = tl.dot(b_kt, operand(y_up, tl.float32, "tf32"), d_up, input_precision="tf32")
+            d_down = tl.dot(b_vt, operand(y_down, tl.float32, "tf32"), d_down, input_precision="tf32")
         else:
             b_kt = tl.trans(b_k)
             d_gate = tl.dot(b_kt, tl.cast(y_gate, dtype), d_gate, input_precision=PREC)
