@@ -1,5 +1,6 @@
 """The Triton backward of `ttt_mlp`: every gradient against the fp64 reference, and the properties that its kernels promise."""
 
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
@@ -30,15 +31,14 @@ def exactly(x):
     return {name: t.detach().double().requires_grad_() for name, t in x.items()}
 
 
-def state_on(state, device, dtype=None):
+def state_on(state, device, double=False):
     if state is None:
         return None
     state = state.to(device)
-    if dtype is not None:
-        fields = {
-            name: t.detach().double() if t.is_floating_point() else t for name, t in vars(state).items() if isinstance(t, torch.Tensor)
-        }
-        state = type(state)(**{**vars(state), **fields, "dtype": "float64"})
+    if double:
+        found = {f.name: getattr(state, f.name) for f in fields(state) if f.init}
+        exact = {name: t.detach().double() for name, t in found.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+        state = replace(state, **exact, dtype="float64")
     for name in LEARNT:
         setattr(state, name, getattr(state, name).detach().requires_grad_())
     return state
@@ -55,7 +55,7 @@ def compare(device, dtype, shape, *, state=None, only_o=False, cu=None, **option
     x = inputs(dtype=dtype, **shape)
     cu = None if cu is None else torch.tensor(cu)
     options |= {"cu_seqlens": cu}
-    exact = everything(exactly(x), "reference", state_on(state, "cpu", torch.float64), only_o, **options)
+    exact = everything(exactly(x), "reference", state_on(state, "cpu", double=True), only_o, **options)
     low = everything(x, "reference", state, only_o, **options)
     options |= {"cu_seqlens": None if cu is None else cu.to(device)}
     got = everything(on(device, x), "triton", state_on(state, device), only_o, **options)
