@@ -59,6 +59,12 @@ def _places(cu_seqlens: Tensor | None, T: int) -> tuple[Tensor | None, Tensor | 
     return (None, None) if cu_seqlens is None else token_places(cu_seqlens, T)
 
 
+def _in_units(*strides: int) -> tuple[int, list[int]]:
+    """(UNIT, the strides in UNITs): 8 elements, 16 bytes of a half, where all are multiples of it, else 1."""
+    unit = 1 if any(s % 8 for s in strides) else 8
+    return unit, [s // unit for s in strides]
+
+
 def _empty_outputs(projected: Tensor, heads: int, W: int, gates: int) -> tuple[Tensor, ...]:
     B, T = projected.shape[:2]
     device, dtype = projected.device, projected.dtype
@@ -93,6 +99,8 @@ def _forward(
     if B * T == 0:
         return outputs
     sequence, position = _places(cu_seqlens, T)
+    unit, (s_b, s_t) = _in_units(*projected.stride()[:2])
+    s_c = projected.stride(2)
     if tail is not None:
         tail = tail if update else tail.contiguous()
 
@@ -118,12 +126,12 @@ def _forward(
             norm_eps,
             l2_eps,
         ]
-        args += [*projected.stride(), heads, W, taps, update, silu, l2, plan.BR, plan.BW]
+        args += [s_b, s_t, s_c, unit, heads, W, taps, update, silu, l2, plan.BR, plan.BW]
         launch_plain(memory_input_fwd_kernel, device, plan.programs, args, {"num_warps": plan.warps})
 
     run(choose("memory_input_fwd", _FWD, gpu_class(device), "rows", None if update else run))
     logits = projected[..., channels:]
-    args = [logits, head_bias, eta, mu, gate, T, *logits.stride(), heads, gates, _HEADS_TOKENS, _HEADS_COLUMNS]
+    args = [logits, head_bias, eta, mu, gate, T, s_b, s_t, s_c, unit, heads, gates, _HEADS_TOKENS, _HEADS_COLUMNS]
     programs = -(-T // _HEADS_TOKENS) * B * -(-head_bias.shape[0] // _HEADS_COLUMNS)
     launch_plain(memory_input_heads_fwd_kernel, device, programs, args, {"num_warps": 4})
     return outputs
@@ -201,12 +209,14 @@ def launch_backward(
         return tuple(None if g is None else g.zero_() for g in grads)
     sequence, position = _places(cu_seqlens, T)
     logits, dlogits = projected[..., channels:], dprojected[..., channels:]
+    s_c = projected.stride(2)
+    unit, (s_b, s_t, s_dx_b, s_dx_t) = _in_units(*projected.stride()[:2], *dprojected.stride()[:2])
     blocks = -(-T // _HEADS_TOKENS) * B
     bias_rows = min(blocks, 2 * sm_count(device))
     bias_sums = torch.empty(bias_rows, columns, dtype=torch.float32, device=device)
     args = [deta, dmu, dgate, logits, head_bias, dlogits, bias_sums, T, blocks]
-    args += [*logits.stride(), *deta.stride(), *dmu.stride(), *dgate.stride(), *dlogits.stride()[:2]]
-    args += [heads, columns - 4 * heads, _HEADS_TOKENS, _HEADS_COLUMNS]
+    args += [s_b, s_t, s_c, *deta.stride(), *dmu.stride(), *dgate.stride(), s_dx_b, s_dx_t]
+    args += [unit, heads, columns - 4 * heads, _HEADS_TOKENS, _HEADS_COLUMNS]
     launch_plain(memory_input_heads_bwd_kernel, device, bias_rows * -(-columns // _HEADS_COLUMNS), args, {"num_warps": 4})
     tail = None if tail is None else tail.contiguous()
 
@@ -216,8 +226,8 @@ def launch_backward(
         tap_sums = torch.empty(parts, taps, channels, dtype=torch.float32, device=device)
         norm_sums = None if q_norm is None else torch.empty(parts * plan.blocks, 2, plan.BW, dtype=torch.float32, device=device)
         args = [dq, dk, dv, projected, conv_weight, q_norm, k_norm, dprojected, tail, sequence, position, tap_sums, norm_sums]
-        args += [T, plan.span, plan.spans, norm_eps, l2_eps, *projected.stride()]
-        args += [*dq.stride(), *dk.stride(), *dv.stride(), *dprojected.stride()[:2], heads, W, taps, silu, l2, plan.BR, plan.BW]
+        args += [T, plan.span, plan.spans, norm_eps, l2_eps, s_b, s_t, s_c]
+        args += [*dq.stride(), *dk.stride(), *dv.stride(), s_dx_b, s_dx_t, unit, heads, W, taps, silu, l2, plan.BR, plan.BW]
         launch_plain(memory_input_bwd_kernel, device, plan.programs, args, {"num_warps": plan.warps})
         widths = taps * channels, columns, 0 if norm_sums is None else 2 * plan.BW
         args = [tap_sums, norm_sums, bias_sums, dtaps, dq_norm, dk_norm, dbias, parts, parts * plan.blocks, bias_rows]

@@ -11,6 +11,7 @@ from allmem_ops.ops.memory_input.kernels.walk import (
     load_token,
     norm_factors,
     program_place,
+    times,
     token_place,
     within,
 )
@@ -206,7 +207,10 @@ def _walk(
         tl.store(p_norm_sums + tl.arange(0, BW), tl.sum(b_dnorm, 0))
 
 
-@triton.jit(do_not_specialize=["T", "span", "spans", "rms_eps", "l2_eps"], do_not_specialize_on_alignment=["T", "span", "spans"])
+@triton.jit(
+    do_not_specialize=["T", "span", "spans", "rms_eps", "l2_eps", "s_b", "s_t", "s_dx_b", "s_dx_t"],
+    do_not_specialize_on_alignment=["T", "span", "spans", "s_b", "s_t", "s_dx_b", "s_dx_t"],
+)
 def memory_input_bwd_kernel(
     p_dq,
     p_dk,
@@ -243,6 +247,7 @@ def memory_input_bwd_kernel(
     s_dv_w,
     s_dx_b,
     s_dx_t,
+    UNIT: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     TAPS: tl.constexpr,
@@ -251,7 +256,10 @@ def memory_input_bwd_kernel(
     BR: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """p_tap_sums fp32 [B * spans, TAPS, 3*H*W], p_norm_sums fp32 [B * spans * blocks of heads, 2, BW]: what each program adds."""
+    """Strides of the projection and its gradient are in units of UNIT elements.
+    p_tap_sums fp32 [B * spans, TAPS, 3*H*W], p_norm_sums fp32 [B * spans * blocks of heads, 2, BW]: what each program adds.
+    """
+    s_b, s_t, s_dx_b, s_dx_t = times(s_b, UNIT), times(s_t, UNIT), times(s_dx_b, UNIT), times(s_dx_t, UNIT)
     i_b, i_span, i_kind, i_block = program_place(spans, H, BR)
     o_h, o_w = i_block * BR + tl.arange(0, BR), tl.arange(0, BW)
     m_x = (o_h < H)[:, None] & (o_w < W)[None, :]

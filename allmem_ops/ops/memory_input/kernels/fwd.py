@@ -11,6 +11,7 @@ from allmem_ops.ops.memory_input.kernels.walk import (
     load_token,
     norm_factors,
     program_place,
+    times,
     token_place,
     within,
 )
@@ -131,7 +132,10 @@ def _update_tail(i_b, p_x, p_tail, p_active, T, m_x, s_t, TAPS: tl.constexpr, C:
         tl.store(p_tail + o_tail + (TAPS - 4) * C, b_x3.to(p_tail.dtype.element_ty), mask=m_x)
 
 
-@triton.jit(do_not_specialize=["T", "span", "spans", "rms_eps", "l2_eps"], do_not_specialize_on_alignment=["T", "span", "spans"])
+@triton.jit(
+    do_not_specialize=["T", "span", "spans", "rms_eps", "l2_eps", "s_b", "s_t"],
+    do_not_specialize_on_alignment=["T", "span", "spans", "s_b", "s_t"],
+)
 def memory_input_fwd_kernel(
     p_x,
     p_taps,
@@ -152,6 +156,7 @@ def memory_input_fwd_kernel(
     s_b,
     s_t,
     s_c,
+    UNIT: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     TAPS: tl.constexpr,
@@ -161,9 +166,10 @@ def memory_input_fwd_kernel(
     BR: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """UPDATE: p_tail becomes what comes before token T, in the rows that p_active names; needs one span, so that no other program
-    reads what this one overwrites.
+    """Strides s_b and s_t are in units of UNIT elements. UPDATE: p_tail becomes what comes before token T, in the rows that p_active
+    names; needs one span, so that no other program reads what this one overwrites.
     """
+    s_b, s_t = times(s_b, UNIT), times(s_t, UNIT)
     i_b, i_span, i_kind, i_block = program_place(spans, H, BR)
     o_h, o_w = i_block * BR + tl.arange(0, BR), tl.arange(0, BW)
     m_x = (o_h < H)[:, None] & (o_w < W)[None, :]

@@ -3,8 +3,13 @@
 import triton
 import triton.language as tl
 
+from allmem_ops.ops.memory_input.kernels.walk import times
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["T"])
+
+@triton.jit(
+    do_not_specialize=["T", "s_b", "s_t"],
+    do_not_specialize_on_alignment=["T", "s_b", "s_t"],
+)
 def memory_input_heads_fwd_kernel(
     p_x,
     p_bias,
@@ -15,12 +20,14 @@ def memory_input_heads_fwd_kernel(
     s_b,
     s_t,
     s_c,
+    UNIT: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
     BT: tl.constexpr,
     BE: tl.constexpr,
 ):
     """A program: BT tokens by BE columns. Columns: 3*H of eta, H of mu, G of the gate."""
+    s_b, s_t = times(s_b, UNIT), times(s_t, UNIT)
     NE: tl.constexpr = (4 * H + G + BE - 1) // BE
     i_e, i_t = tl.program_id(0) % NE, tl.program_id(0) // NE
     NT = tl.cdiv(T, BT)
@@ -37,7 +44,10 @@ def memory_input_heads_fwd_kernel(
         tl.store(p_gate + o_row * G + (o_e - 4 * H), b_x.to(p_gate.dtype.element_ty), mask=m_x & (o_e >= 4 * H))
 
 
-@triton.jit(do_not_specialize=["T", "blocks"], do_not_specialize_on_alignment=["T", "blocks"])
+@triton.jit(
+    do_not_specialize=["T", "blocks", "s_b", "s_t", "s_dx_b", "s_dx_t"],
+    do_not_specialize_on_alignment=["T", "blocks", "s_b", "s_t", "s_dx_b", "s_dx_t"],
+)
 def memory_input_heads_bwd_kernel(
     p_deta,
     p_dmu,
@@ -63,12 +73,14 @@ def memory_input_heads_bwd_kernel(
     s_dgate_c,
     s_dx_b,
     s_dx_t,
+    UNIT: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
     BT: tl.constexpr,
     BE: tl.constexpr,
 ):
     """A program: BE columns, and of the `blocks` blocks of BT tokens every `parts`-th. p_bias_sums fp32 [parts, 4*H + G]."""
+    s_b, s_t, s_dx_b, s_dx_t = times(s_b, UNIT), times(s_t, UNIT), times(s_dx_b, UNIT), times(s_dx_t, UNIT)
     NE: tl.constexpr = (4 * H + G + BE - 1) // BE
     i_e, i_part, parts = tl.program_id(0) % NE, tl.program_id(0) // NE, tl.num_programs(0) // NE
     o_e = (i_e * BE + tl.arange(0, BE))[None, :]

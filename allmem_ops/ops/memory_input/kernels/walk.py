@@ -21,6 +21,14 @@ def program_place(spans, H: tl.constexpr, BR: tl.constexpr):
 
 
 @triton.jit
+def times(stride, UNIT: tl.constexpr):
+    """A stride that came in units of UNIT elements, int64. Triton takes a number that is not a multiple of 16 for one of 1; a row of the
+    projection is often 8 more (a multiple of 16 bytes), which the product shows: without it every load is of one element.
+    """
+    return tl.cast(stride, tl.int64) * UNIT
+
+
+@triton.jit
 def below(m_x, a, b):
     """`m_x` where a < b, two scalars. As [1, 1]: the interpreter makes an integer of a mask that meets a scalar condition."""
     return m_x & (tl.zeros([1, 1], tl.int32) + a < b)
