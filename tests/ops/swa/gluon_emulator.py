@@ -206,7 +206,7 @@ class Program:
             raise errors[0]
 
     # Turns between programs
-    def await_turn(self, p_turn, rank):
+    def await_turn(self, p_turn, rank, count):
         assert int(_load(p_turn)) == int(rank), "programs run one after another: a turn that has not come is a deadlock"
 
     def pass_turn(self, p_turn, count):
@@ -291,7 +291,7 @@ class EmulatedKernel:
                 program = Program(number)
                 space = program.namespace()
                 exec(self.code, space)
-                space |= {"_await_turn": program.await_turn, "_pass_turn": program.pass_turn}
+                space |= {"_look_up_turn": _load, "_await_turn": program.await_turn, "_pass_turn": program.pass_turn}
                 kernel = space[self.name]
                 known = inspect.signature(kernel).parameters
                 kernel(*map(self._device, args), **{k: self._device(v) for k, v in options.items() if k in known})

@@ -46,21 +46,32 @@ def _sequence_of_slot(cu_seqlens, sequences, T, slot):
 
 
 @gluon.jit
-def _await_turn(p_turn, rank):
-    """Wait until `rank` tiles have been added, by all threads; the additions before are then visible to TMA as well."""
+def _look_up_turn(p_turn):
+    """How many tiles have been added, not waited for."""
+    return gl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [p_turn.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _await_turn(p_turn, rank, count):
+    """Wait until `rank` tiles have been added (`count`: when it was looked up before); these are then visible to TMA as well."""
     gl.inline_asm_elementwise(
         """{
-        .reg .pred again;
+        .reg .pred mine;
         .reg .b32 count;
+        mov.b32 count, $3;
         WAIT:
+        setp.ge.s32 mine, count, $2;
+        @mine bra DONE;
         ld.acquire.gpu.global.b32 count, [$1];
-        setp.lt.s32 again, count, $2;
-        @again bra WAIT;
+        bra WAIT;
+        DONE:
         fence.proxy.async;
         mov.b32 $0, count;
         }""",
-        "=r,l,r",
-        [p_turn.to(gl.int64), rank],
+        "=r,l,r,r",
+        [p_turn.to(gl.int64), rank, count],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
@@ -146,14 +157,16 @@ def _add_warp(x, buffers, barriers, place, turn, start, window, tiles, HQ, G: gl
     _s_q, _s_do, _s_k, _s_v, _s_rows, _s_ds, s_dq = buffers
     _k_full, _v_full, _q_full, _q_free, _do_full, _do_free, _ds_full, dq_full, dq_free = barriers
     i_b, i_h, i_n, _j0, last, count, _first_token, r0 = place
+    turn += (i_b * HQ + i_h * G).to(gl.int64) * tiles + r0 // BM
     i_m, i_g = _before(last, G)
+    i_m, i_g = _next(i_m, i_g, G)
+    seen = 0 * i_m
     for t in range(count):
-        i_m, i_g = _next(i_m, i_g, G)
-        i_hq = i_h * G + i_g
+        p_turn = turn + i_g * tiles + i_m
         rank = i_n - gl.maximum(start + i_m * BM - window + 1, 0) // KEYS
-        p_turn = turn + (i_b * HQ + i_hq).to(gl.int64) * tiles + (r0 // BM + i_m)
-        _await_turn(p_turn, rank)
         row = r0 + i_m * BM
+        i_hq = i_h * G + i_g
+        _await_turn(p_turn, rank, seen)
         for w in gl.static_range(2):
             slot = (t & 1) * 2 + w
             mbarrier.wait(dq_full.index(slot), (t >> 1) & 1)
@@ -163,10 +176,12 @@ def _add_warp(x, buffers, barriers, place, turn, start, window, tiles, HQ, G: gl
                 tma_store(acc, corner, b_dq)
             else:
                 tma_add(acc, corner, b_dq)
-        tma.store_wait(0)
+        # The next turn is looked up while this tile is on its way. After the last tile the entry before its turn is read, which exists.
+        i_m, i_g = _next(i_m, i_g, G)
+        seen = _look_up_turn(turn + i_g * tiles + i_m)
+        _pass_turn(p_turn, rank + 1)
         for w in gl.static_range(2):
             mbarrier.arrive(dq_free.index((t & 1) * 2 + w), count=1)
-        _pass_turn(p_turn, rank + 1)
 
 
 @gluon.jit
