@@ -11,7 +11,7 @@ from benchmarks.gpu import fusion, layers, memory_input, swa, ttt_mlp
 from benchmarks.gpu.contest import Contest, judge, run
 from benchmarks.measure import environment
 
-CONTESTS = (*swa.CONTESTS, *ttt_mlp.CONTESTS, *fusion.CONTESTS, *memory_input.CONTESTS, *layers.CONTESTS)
+CONTESTS = (*swa.CONTESTS, *ttt_mlp.CONTESTS, *fusion.CONTESTS, *memory_input.CONTESTS, *layers.CONTESTS, *ttt_mlp.AGAINST_A_LOOP)
 
 
 @pytest.fixture(scope="session")
