@@ -69,6 +69,7 @@ def _attention(
         "swa", f"T{T}-w{window}+{sinks}-{HQ}/{HK}x{D}", lambda: _window(T, window, sinks, HQ, HK, D, full),
         work={"forward": (4 * products, moved), "backward": (10 * products, 2 * moved)},
         gates={H100: {"forward": [Gate(forward, forward_target, "flex")], "backward": [Gate(backward, backward_target, "flex")]}},
+        device_time=True,
     )  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def _sinks_cost(T: int, window: int, at_most: float) -> Contest:
     gate = Gate(1 / at_most, 1 / at_most, "no sinks")
     return Contest(
         "swa", f"sinks-cost-T{T}-w{window}", build, work={"forward": (4 * products, moved), "backward": (10 * products, 2 * moved)},
-        gates={H100: {"forward": [gate], "backward": [gate]}},
+        gates={H100: {"forward": [gate], "backward": [gate]}}, device_time=True,
     )  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def _packed() -> Contest:
     return Contest(
         "swa", f"packed-{documents}-documents-T{total}", build,
         work={"forward": (4 * products, moved), "backward": (10 * products, 2 * moved)},
-        gates={H100: {"forward": gates, "backward": gates}},
+        gates={H100: {"forward": gates, "backward": gates}}, device_time=True,
     )  # fmt: skip
 
 
