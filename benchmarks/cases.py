@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from allmem_ops import MemoryState, WindowCache, gated_fusion, swa, swa_step, ttt_mlp, ttt_mlp_step
+from allmem_ops import MemoryState, WindowCache, gated_fusion, memory_input, swa, swa_step, ttt_mlp, ttt_mlp_step
 from allmem_ops.ops.swa.geometry import visible_pairs
 
 Inputs = dict[str, Tensor]
@@ -151,6 +151,30 @@ def _fusion(impl: str, T: int, H: int, d: int, dtype: torch.dtype = torch.float3
     )
 
 
+def _memory_input(impl: str, T: int, H: int, d: int, taps: int = 4, dtype: torch.dtype = torch.float32) -> Case:
+    C, columns = 3 * H * d, 3 * H * d + 5 * H
+
+    def inputs(device: str) -> Inputs:
+        shapes = {"projected": (1, T, columns), "conv_weight": (C, taps), "head_bias": (5 * H,), "q_norm": (d,), "k_norm": (d,)}
+        return {n: torch.randn(s, device=device, dtype=dtype, requires_grad=True) for n, s in shapes.items()}
+
+    def call(x: Inputs) -> Tensor:
+        found = memory_input(*list(x.values())[:3], heads=H, q_norm=x["q_norm"], k_norm=x["k_norm"], impl=impl)
+        return torch.cat([y.flatten(2) for y in found[:6]], -1)  # one output, so that every gradient is one
+
+    moved = 2 * T * columns * dtype.itemsize
+    return Case(
+        "memory_input",
+        f"{impl}-T{T}-{H}x{d}",
+        inputs,
+        call,
+        flops=2 * taps * T * C,
+        bytes=moved,
+        flops_both=8 * taps * T * C,  # backward: the convolution again, and its two gradients
+        bytes_both=moved + 3 * T * columns * dtype.itemsize,
+    )
+
+
 # Small enough for two CPU cores. The heads are SmolLM2-135M's; short and odd lengths stand beside the plain ones.
 CASES = (
     _swa("reference", 1024, 9, 3, 64, window=512, sinks=4),
@@ -167,6 +191,8 @@ CASES = (
     _ttt_mlp_step(8, 3, 64, 128, chunk_size=512),
     _fusion("reference", 4096, 9, 64),
     _fusion("chunk", 4096, 9, 64),
+    _memory_input("reference", 4096, 3, 64),
+    _memory_input("chunk", 4096, 3, 64),
 )
 
 
