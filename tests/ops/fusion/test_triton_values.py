@@ -44,7 +44,8 @@ def check(form: Form, x: dict, device: torch.device) -> None:
                 assert_within_budget(f"d{name}", torch.zeros_like(grad), allowed[name], exact[name])
 
 
-@pytest.fixture(params=["tiles as pinned", "many small tiles"])
+# On a GPU the sizes of models loop over many tiles as it is, and every tile size is compiled.
+@pytest.fixture(params=["tiles as pinned"] if CUDA else ["tiles as pinned", "many small tiles"])
 def _tiles(request, monkeypatch) -> None:
     if request.param == "many small tiles":
         monkeypatch.setattr(launch, "_FWD", SMALL)
@@ -52,7 +53,7 @@ def _tiles(request, monkeypatch) -> None:
         monkeypatch.setattr(launch, "sm_count", lambda device: 1)
 
 
-@settings(max_examples=5 if CUDA else 20)  # every example is compiled on a GPU
+@settings(max_examples=3 if CUDA else 20)  # every example is compiled on a GPU
 @given(forms())
 def test_every_form_equals_the_reference(form: Form):
     x = form.inputs(torch.float32)
@@ -80,7 +81,7 @@ ODD = [
 
 
 @pytest.mark.usefixtures("_tiles")
-@pytest.mark.parametrize("form", ODD, ids=str)
+@pytest.mark.parametrize("form", ODD[::3] if CUDA else ODD, ids=str)
 def test_odd_shapes(form: Form, device: torch.device):
     """Sizes that are no powers of two, in tiles of 64 elements too: then rows of several tokens, many tiles a program, several programs."""
     check(form, form.inputs(torch.float32), device)
@@ -95,10 +96,9 @@ def test_low_precision_is_within_the_budget(form: Form, dtype: torch.dtype, para
 
 
 @pytest.mark.skipif(not CUDA, reason="a GPU's sizes")
-@pytest.mark.parametrize("heads,width", [(16, 64), (9, 64), (8, 128), (12, 96), (1, 2048), (3, 60)])
-@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("heads,width,split", [(16, 64, True), (9, 64, False), (12, 96, True), (1, 2048, False)])
 def test_model_sizes(heads: int, width: int, split: bool, device: torch.device):
-    form = Form(batch=1, tokens=4001, heads=heads, width=width, split=split, norm=split)
+    form = Form(batch=1, tokens=20001, heads=heads, width=width, split=split, norm=split)
     check(form, form.inputs(torch.bfloat16, torch.float32), device)
 
 

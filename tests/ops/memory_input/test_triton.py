@@ -24,6 +24,11 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]  # 
 SMALL = {("sm80", "rows"): [Config({"TILE": 16, "PER_SM": 64, "SPAN": 4}, 4, 1)]}
 
 
+_IN_THE_INTERPRETER = pytest.mark.skipif(
+    CUDA, reason="small tiles and faults are tried where nothing has to be compiled: in the interpreter"
+)
+
+
 @pytest.fixture
 def _small(monkeypatch) -> None:
     monkeypatch.setattr(launch, "_FWD", SMALL)
@@ -72,12 +77,13 @@ def compare(case: Case) -> None:
         torch.testing.assert_close(mine.cpu(), value, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@settings(max_examples=4 if CUDA else 6)  # every example is compiled on a GPU
+@settings(max_examples=2 if CUDA else 6)  # every example is compiled on a GPU
 @given(cases())
 def test_every_form_equals_the_reference(case: Case):
     compare(case)
 
 
+@_IN_THE_INTERPRETER
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize(
     "case",
@@ -102,8 +108,9 @@ def test_low_precision_is_within_the_budget(dtype: torch.dtype, param_dtype: tor
 
 
 @pytest.mark.skipif(not CUDA, reason="a GPU's sizes")
-@pytest.mark.parametrize("heads,width,gates", [(3, 64, 3), (9, 60, 0), (4, 128, 512), (1, 1024, 1), (5, 96, 5)])
-@pytest.mark.parametrize("lengths", [None, (700, 0, 1, 1300)])
+@pytest.mark.parametrize(
+    "heads,width,gates,lengths", [(8, 64, 8, (700, 0, 1, 1300)), (9, 60, 0, None), (4, 128, 512, None), (1, 1024, 1, (3, 2000))]
+)
 def test_model_sizes(heads: int, width: int, gates: int, lengths: tuple | None):
     case = Case(batch=2, tokens=1001, heads=heads, width=width, gates=gates, lengths=lengths, tail=lengths is not None)
     check(case, case.inputs(torch.bfloat16, torch.float32))
@@ -315,6 +322,7 @@ def test_the_comparison_passes_without_a_fault():
     _compare_all()
 
 
+@_IN_THE_INTERPRETER
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("fault", _FAULTS)
 def test_a_fault_in_a_kernel_is_seen(fault: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
