@@ -41,7 +41,8 @@ class _Plan(NamedTuple):
     warps: int
 
 
-def _plan(B: int, T: int, H: int, W: int, config: Config, device: torch.device) -> _Plan:
+def _plan(B: int, T: int, H: int, W: int, extra: int, config: Config, device: torch.device) -> _Plan:
+    """`extra`: tokens past its span that a program walks through."""
     constants = config.constants
     BW, BR = 1 << (W - 1).bit_length(), 1
     # Heads side by side make longer runs of memory, as long as no more than a quarter of the lanes lies idle.
@@ -50,6 +51,7 @@ def _plan(B: int, T: int, H: int, W: int, config: Config, device: torch.device) 
     blocks = -(-H // BR)
     spans = max(1, constants["PER_SM"] * sm_count(device) // (3 * blocks * B))
     span = max(constants["SPAN"], -(-T // spans))
+    span += -(span + extra) % 4  # whole steps
     spans = -(-T // span)
     warps = max(1, min(16, config.num_warps * BR * BW // constants["TILE"]))
     return _Plan(H, W, BR, BW, blocks, span, spans, 3 * blocks * spans * B, warps)
@@ -105,7 +107,7 @@ def _forward(
         tail = tail if update else tail.contiguous()
 
     def run(config: Config) -> None:
-        plan = _plan(B, T, heads, W, config, device)
+        plan = _plan(B, T, heads, W, 0, config, device)
         if update:
             plan = plan._replace(span=T, spans=1, programs=3 * plan.blocks * B)
         args = [
@@ -221,7 +223,7 @@ def launch_backward(
     tail = None if tail is None else tail.contiguous()
 
     def run(config: Config) -> None:
-        plan = _plan(B, T, heads, W, config, device)
+        plan = _plan(B, T, heads, W, taps - 1, config, device)
         parts = B * plan.spans
         tap_sums = torch.empty(parts, taps, channels, dtype=torch.float32, device=device)
         norm_sums = None if q_norm is None else torch.empty(parts * plan.blocks, 2, plan.BW, dtype=torch.float32, device=device)
