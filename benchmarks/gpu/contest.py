@@ -73,6 +73,7 @@ class Contest:
 def run(contest: Contest, ceilings: Mapping[str, float]) -> dict:
     """Time a contest: for each direction and contestant ms, spread, TFLOP/s, GB/s, shares of the ceilings; and our peak memory."""
     torch.manual_seed(0)
+    torch._dynamo.reset()  # each contest compiles its peers anew: past 8 shapes of one function torch.compile runs it uncompiled
     found: dict = {"op": contest.op, "name": contest.name, "directions": {}}
     for direction, calls in contest.build().items():
         timed = {n: graphed(c) for n, c in calls.items()} if direction in contest.graph else calls

@@ -13,8 +13,8 @@ CUDA = torch.cuda.is_available()
 
 def built(device: torch.device, impl: str, dtype: torch.dtype = torch.float32):
     """A converted model whose base has `dtype`; the memory's parameters stay float32."""
-    model = tiny_model(num_hidden_layers=3 if CUDA else 1).to(device, dtype)
-    return awaken(convert(model, tiny_config(impl=impl, head_dim=16)))
+    model = tiny_model(num_hidden_layers=3 if CUDA else 1).to(dtype)
+    return awaken(convert(model, tiny_config(impl=impl, head_dim=16))).to(device)
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def gradients(values, leaves, seed=9):
     total = 0
     for name, t in values.items():
         if name == "o" or name in LEARNT:
-            total = total + (t * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype)).sum()
+            total = total + (t * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t)).sum()
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {name: torch.zeros_like(t) if f is None else f for (name, t), f in zip(leaves.items(), found, strict=True)}
 
