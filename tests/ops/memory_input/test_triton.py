@@ -21,7 +21,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]  # no bfloat16 in the interpreter
 # Two heads of 8 channels a tile and spans of four tokens: several blocks of heads and spans at the tests' sizes.
-SMALL = {("sm80", "rows"): [Config({"TILE": 16, "PER_SM": 64, "SPAN": 4}, 4, 1)]}
+SMALL, AHEAD = ({("sm80", "rows"): [Config({"TILE": 16, "PER_SM": 64, "SPAN": 4, "AHEAD": ahead}, 4, 1)]} for ahead in (0, 1))
 
 
 _IN_THE_INTERPRETER = pytest.mark.skipif(
@@ -96,7 +96,11 @@ def test_every_form_equals_the_reference(case: Case):
     ],
     ids=str,
 )
-def test_many_small_spans(case: Case):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_many_small_spans(case: Case, ahead: bool, monkeypatch: pytest.MonkeyPatch):
+    if ahead:
+        monkeypatch.setattr(launch, "_FWD", AHEAD)
+        monkeypatch.setattr(launch, "_BWD", AHEAD)
     compare(case)
 
 
@@ -291,7 +295,7 @@ _FAULTS = {
     "the norm over the padded width": (walk, "tl.sum(b_y * b_y, 1) / W", "tl.sum(b_y * b_y, 1) / (W + 1)"),
     "L2 before the RMSNorm's factor": (walk, "* (b_r * b_r) + l2_eps", "+ l2_eps"),
     "the third token shifted": (fwd, "b_c, b_b, b_a, b_x1, b_w", "b_c, b_b, b_x1, b_a, b_w"),
-    "v with a norm's activation only": (fwd, "H, W, TAPS, True, False, False)", "H, W, TAPS, False, False, False)"),
+    "v with a norm's activation only": (fwd, "H, W, TAPS, True, False, False, AHEAD)", "H, W, TAPS, False, False, False, AHEAD)"),
     "the gradient of SiLU": (bwd, "b_s + b_y * (1 - b_s)", "b_s"),
     "the L2 norm's projection": (bwd, "b_dy - b_z * (b_r * b_l * b_dot)", "b_dy"),
     "what the L2 norm leaves of the mean": (bwd, "b_dot *= l2_eps * b_l * b_l", "b_dot *= 1.0"),

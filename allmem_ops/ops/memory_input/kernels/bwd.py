@@ -7,8 +7,8 @@ from allmem_ops.ops.memory_input.kernels.walk import (
     below,
     convolved,
     earlier,
+    load_step,
     load_taps,
-    load_token,
     norm_factors,
     program_place,
     times,
@@ -154,6 +154,7 @@ def _walk(
     SILU: tl.constexpr,
     RMS: tl.constexpr,
     L2: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     C: tl.constexpr = 3 * H * W
     BW: tl.constexpr = m_x.shape[1]
@@ -170,15 +171,18 @@ def _walk(
     b_dx1, b_dx2, b_dx3 = b_zero, b_zero, b_zero
     b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = b_zero, b_zero, b_zero, b_zero, b_zero
     # TAPS - 1 tokens past the span add to the gradients of its last inputs.
+    if AHEAD:
+        b_next, b_next1, b_next2, b_next3 = load_step(p_x, s_t, first, T, m_x)
+        b_dnext, b_dnext1, b_dnext2, b_dnext3 = load_step(p_do, s_do_t, first, T, m_x)
     for i_t in tl.range(first, end + (TAPS - 1), 4):
-        b_a = load_token(p_x, s_t, i_t, T, m_x)
-        b_b = load_token(p_x, s_t, i_t + 1, T, m_x)
-        b_c = load_token(p_x, s_t, i_t + 2, T, m_x)
-        b_d = load_token(p_x, s_t, i_t + 3, T, m_x)
-        b_da = load_token(p_do, s_do_t, i_t, T, m_x)
-        b_db = load_token(p_do, s_do_t, i_t + 1, T, m_x)
-        b_dc = load_token(p_do, s_do_t, i_t + 2, T, m_x)
-        b_dd = load_token(p_do, s_do_t, i_t + 3, T, m_x)
+        if AHEAD:
+            b_a, b_b, b_c, b_d = b_next, b_next1, b_next2, b_next3
+            b_da, b_db, b_dc, b_dd = b_dnext, b_dnext1, b_dnext2, b_dnext3
+            b_next, b_next1, b_next2, b_next3 = load_step(p_x, s_t, i_t + 4, T, m_x)
+            b_dnext, b_dnext1, b_dnext2, b_dnext3 = load_step(p_do, s_do_t, i_t + 4, T, m_x)
+        else:
+            b_a, b_b, b_c, b_d = load_step(p_x, s_t, i_t, T, m_x)
+            b_da, b_db, b_dc, b_dd = load_step(p_do, s_do_t, i_t, T, m_x)
         b_a, b_b, b_c, b_d = b_a.to(tl.float32), b_b.to(tl.float32), b_c.to(tl.float32), b_d.to(tl.float32)
         b_da, b_db, b_dc, b_dd = b_da.to(tl.float32), b_db.to(tl.float32), b_dc.to(tl.float32), b_dd.to(tl.float32)
         # fmt: off
@@ -255,6 +259,7 @@ def memory_input_bwd_kernel(
     L2: tl.constexpr,
     BR: tl.constexpr,
     BW: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Strides of the projection and its gradient are in units of UNIT elements.
     p_tap_sums fp32 [B * spans, TAPS, 3*H*W], p_norm_sums fp32 [B * spans * blocks of heads, 2, BW]: what each program adds.
@@ -280,7 +285,7 @@ def memory_input_bwd_kernel(
     if i_kind == 2:
         p_do = p_dv + i_b * s_dv_b + o_h * s_dv_h + o_w * s_dv_w
         _walk(i_b, first, end, T, p_x, p_taps, None, p_do, p_dx, p_tail, p_sequence, p_position, p_tap_sums, p_norm_sums, o_c, m_x,
-              s_t, s_dv_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, True, False, False)
+              s_t, s_dv_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, True, False, False, AHEAD)
     else:
         p_do, p_norm, s_do_t = p_dq + i_b * s_dq_b + o_h * s_dq_h + o_w * s_dq_w, p_q_norm, s_dq_t
         if i_kind == 1:
@@ -288,5 +293,5 @@ def memory_input_bwd_kernel(
             if p_k_norm is not None:
                 p_norm = p_k_norm
         _walk(i_b, first, end, T, p_x, p_taps, p_norm, p_do, p_dx, p_tail, p_sequence, p_position, p_tap_sums, p_norm_sums, o_c, m_x,
-              s_t, s_do_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, SILU, p_q_norm is not None, L2)
+              s_t, s_do_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, SILU, p_q_norm is not None, L2, AHEAD)
     # fmt: on

@@ -7,8 +7,8 @@ from allmem_ops.ops.memory_input.kernels.walk import (
     below,
     convolved,
     earlier,
+    load_step,
     load_taps,
-    load_token,
     norm_factors,
     program_place,
     times,
@@ -85,6 +85,7 @@ def _walk(
     SILU: tl.constexpr,
     RMS: tl.constexpr,
     L2: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     C: tl.constexpr = 3 * H * W
     b_w, b_w1, b_w2, b_w3 = load_taps(p_taps, o_c, m_x, TAPS)
@@ -96,11 +97,14 @@ def _walk(
     b_x1 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 1, TAPS, C)
     b_x2 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 2, TAPS, C)
     b_x3 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 3, TAPS, C)
+    if AHEAD:
+        b_next, b_next1, b_next2, b_next3 = load_step(p_x, s_t, first, end, m_x)
     for i_t in tl.range(first, end, 4):
-        b_a = load_token(p_x, s_t, i_t, end, m_x)
-        b_b = load_token(p_x, s_t, i_t + 1, end, m_x)
-        b_c = load_token(p_x, s_t, i_t + 2, end, m_x)
-        b_d = load_token(p_x, s_t, i_t + 3, end, m_x)
+        if AHEAD:
+            b_a, b_b, b_c, b_d = b_next, b_next1, b_next2, b_next3
+            b_next, b_next1, b_next2, b_next3 = load_step(p_x, s_t, i_t + 4, end, m_x)
+        else:
+            b_a, b_b, b_c, b_d = load_step(p_x, s_t, i_t, end, m_x)
         b_a, b_b, b_c, b_d = b_a.to(tl.float32), b_b.to(tl.float32), b_c.to(tl.float32), b_d.to(tl.float32)
         # fmt: off
         _token(i_b, i_t, b_a, b_x1, b_x2, b_x3, b_w, b_w1, b_w2, b_w3, b_norm, p_out, p_tail, p_sequence, p_position, end, m_x,
@@ -165,6 +169,7 @@ def memory_input_fwd_kernel(
     L2: tl.constexpr,
     BR: tl.constexpr,
     BW: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Strides s_b and s_t are in units of UNIT elements. UPDATE: p_tail becomes what comes before token T, in the rows that p_active
     names; needs one span, so that no other program reads what this one overwrites.
@@ -184,7 +189,7 @@ def memory_input_fwd_kernel(
     # fmt: off
     if i_kind == 2:
         _walk(i_b, first, end, p_x, p_taps, None, p_v + o_out, p_tail, p_sequence, p_position, o_c, m_x, s_t, rms_eps, l2_eps,
-              H, W, TAPS, True, False, False)
+              H, W, TAPS, True, False, False, AHEAD)
     else:
         p_out, p_norm = p_q, p_q_norm
         if i_kind == 1:
@@ -192,7 +197,7 @@ def memory_input_fwd_kernel(
             if p_k_norm is not None:
                 p_norm = p_k_norm
         _walk(i_b, first, end, p_x, p_taps, p_norm, p_out + o_out, p_tail, p_sequence, p_position, o_c, m_x, s_t, rms_eps, l2_eps,
-              H, W, TAPS, SILU, p_q_norm is not None, L2)
+              H, W, TAPS, SILU, p_q_norm is not None, L2, AHEAD)
     # fmt: on
     if UPDATE:
         _update_tail(i_b, p_x, p_tail, p_active, T, m_x, s_t, TAPS, 3 * H * W)

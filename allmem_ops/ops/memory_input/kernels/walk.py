@@ -2,7 +2,8 @@
 
 A program walks through `span` tokens of one sequence batch, four a step, for BR heads of q, of k or of v. Each input is read once and
 stays in registers for the taps of the next three tokens. Four a step for two reasons: after four tokens the registers carry their
-old names again (no moves), and the reductions of four independent tokens hide each other's latency.
+old names again (no moves), and the reductions of four independent tokens hide each other's latency. With AHEAD a step's tiles are
+loaded a step before, at the price of registers.
 """
 
 import triton
@@ -35,9 +36,18 @@ def below(m_x, a, b):
 
 
 @triton.jit
-def load_token(p_x, s_t, i_t, end, m_x):
-    """[BR, BW] as stored: the tile at token i_t; zeros from `end` on."""
+def _load_token(p_x, s_t, i_t, end, m_x):
     return tl.load(p_x + tl.cast(i_t, tl.int64) * s_t, mask=below(m_x, i_t, end), other=0.0)
+
+
+@triton.jit
+def load_step(p_x, s_t, i_t, end, m_x):
+    """[BR, BW] each, as stored: the tiles at token i_t and the three after it; zeros from `end` on."""
+    b_x = _load_token(p_x, s_t, i_t, end, m_x)
+    b_x1 = _load_token(p_x, s_t, i_t + 1, end, m_x)
+    b_x2 = _load_token(p_x, s_t, i_t + 2, end, m_x)
+    b_x3 = _load_token(p_x, s_t, i_t + 3, end, m_x)
+    return b_x, b_x1, b_x2, b_x3
 
 
 @triton.jit
