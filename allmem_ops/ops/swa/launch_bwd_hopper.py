@@ -50,7 +50,7 @@ def window_pairs(call: "Call", dk: Tensor, dv: Tensor, far: "FarSums") -> Tensor
     tiles = P // BM
     # The ticket first, and the turns where they are aligned to 16 bytes too.
     zeros = torch.zeros(4 + call.B * call.HQ * tiles, dtype=torch.int32, device=dk.device)
-    slots, group = call.slots(call.Tk, KEYS), call.HQ // call.HK
+    slots = call.slots(call.Tk, KEYS)
     args = (
         _descriptor(call.q, [1, BM, 1, D]),
         *(_descriptor(x, [1, 64, 1, D]) for x in (call.k, call.v)),
@@ -77,14 +77,14 @@ def window_pairs(call: "Call", dk: Tensor, dv: Tensor, far: "FarSums") -> Tensor
         call.scale,
         call.scale * LOG2E,
         call.HK,
-        group,
+        call.HQ // call.HK,
         D,
         BM,
         config.constants["REGISTERS"],
     )
     options = config.launch_options()
     strides = [s < 2**31 for s in dk.stride()[:3]]
-    key = (dk.dtype, D, group, *config.constants.values(), *options.values(), *strides, pointer_class(call.cu_seqlens))
+    key = (dk.dtype, D, *config.constants.values(), *options.values(), *strides, pointer_class(call.cu_seqlens))
     launch(swa_bwd_hopper_kernel, key, dk.device, slots * call.HK * call.B, args, options)
     return acc
 

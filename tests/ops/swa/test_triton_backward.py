@@ -89,7 +89,8 @@ by_query = pytest.mark.parametrize("far", [False, True], ids=["q", "q_sinks"])
 @by_case
 def test_float32_within_the_budget(case, far):
     Tq, Tk, window, sinks = case
-    check(make(Tq, Tk, far=far), window, sinks)
+    # With one query, more heads: the largest error of plain PyTorch among 32 numbers is a matter of luck, and no budget.
+    check(make(Tq, Tk, HQ=16 if Tq == 1 else 2, far=far), window, sinks)
 
 
 @by_case
@@ -277,7 +278,7 @@ def test_hopper_packed(cuts, hopper):
 
 HOPPER_FAULTS = {
     "first part not stored": ("if rank == 0:", "if rank == 1:"),
-    "order of the tiles": ("i_m = i_m - 1", "i_m = i_m + 0"),
+    "order of the tiles": ("return i_m - 1, i_g", "return i_m - 0, i_g"),
     "the other warpgroup's dS not awaited": ("mbarrier.wait(ds_full.index(stage), phase)", ""),
     "a slot of queries given back twice": (
         "mbarrier.arrive(do_free.index(stage), count=1)",
