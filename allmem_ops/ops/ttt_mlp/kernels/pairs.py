@@ -53,11 +53,14 @@ def token_mask(m_t, o_d, D: tl.constexpr):
 def operand(b, dtype: tl.constexpr, PREC: tl.constexpr):
     """A tile as a dot takes it. tf32 is cut off in the instruction, a bias that would add up; here it is rounded to the nearest first.
 
-    (The rounding also keeps Triton 3.6 from carrying a pair's reshape into shared memory, where tf32 has no layout for it.)
+    (The rounding also keeps Triton 3.6 from carrying a pair's reshape into shared memory, where tf32 has no layout for it; for float32 on
+    sm_100 adding zero does: Triton 3.6 and 3.7 abort with "Illegal shared layout" there.)
     """
     if PREC == "tf32":
         bits = tl.cast(b, tl.int32, bitcast=True)
         return tl.cast((bits + 0x1000) & -0x2000, tl.float32, bitcast=True)
+    elif dtype == tl.float32:
+        return tl.cast(b, dtype) + 0.0
     else:
         return tl.cast(b, dtype)
 
