@@ -1,7 +1,8 @@
 """Every kernel compiles for every GPU class with its pinned config, and spills no more registers than is on record.
 
-`spills.json` holds the most bytes that a thread of each kernel may spill, by operator, GPU class and kernel. A kernel that is not in it
-may spill nothing. After a change that is worth its spills:  python tests/ops/kernels/test_aot.py  writes the file anew.
+`spills.json` holds the most bytes that a thread of each kernel may spill, by operator, GPU class and kernel, with the Triton that
+constraints.txt pins. A kernel that is not in it may spill nothing. After a change that is worth its spills,
+`python tests/ops/kernels/test_aot.py` writes the file anew.
 """
 
 import json
@@ -23,7 +24,8 @@ SHARED_BYTES = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}  # 
 
 def compiled(op: str, gpu: str) -> list[dict]:
     """What `launches.py` prints, in a process without the interpreter."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(HERE.parents[2])}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[2]), *filter(None, [env.get("PYTHONPATH")])])
     done = subprocess.run([sys.executable, HERE / "launches.py", op, gpu], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
