@@ -40,6 +40,6 @@ for _hid in (16, 32, 64, 128, 256, 512):
     # with 4 warps 200 bytes of spills in the token loop, with 8 none
     CHAIN["sm90", _class] = _tile(128, _half, 8, 2, AHEAD=1, RESIDENT=1)
     LAST["sm90", _class] = _tile(64, _some, 4, 3)
-    # There Triton cannot pipeline a loop with a prefetch in it, and 128 tokens of the chain take 272 KB of shared memory of the 227 there are.
+    # There Triton cannot pipeline a loop with a prefetch in it, and 128 tokens of the chain take 272 of the 227 KB of shared memory.
     DREAD["sm100", _class] = _tile(64, _half, 4, 2, AHEAD=0)
     CHAIN["sm100", _class] = _tile(64, _half, 4, 2, AHEAD=0, RESIDENT=1)
