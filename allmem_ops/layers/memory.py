@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from allmem_ops._validation import check_bool, check_dtype, check_int, check_shape, fail
 from allmem_ops.layers.config import AllMemConfig
+from allmem_ops.layers.state_group import StateGroup
 from allmem_ops.ops.fusion.api import gated_fusion
 from allmem_ops.ops.memory_input.api import MemoryInput, memory_input, memory_input_step
 from allmem_ops.ops.memory_input.state import ConvTail
@@ -21,7 +22,7 @@ STEP_TOKENS = 256  # the longest segment that `ttt_mlp_step` and `memory_input_s
 
 
 @dataclass(eq=False)
-class MemoryBranchState:
+class MemoryBranchState(StateGroup):
     """What one `MemoryBranch` carries from token to token, for N sequences: constant bytes.
 
     Args:
@@ -34,51 +35,16 @@ class MemoryBranchState:
     conv: ConvTail
     started: bool = False
 
-    @property
-    def batch(self) -> int:
-        """The number of sequences."""
-        return self.conv.batch
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors: the same at every position."""
-        return self.memory.nbytes + self.conv.nbytes
-
-    def index_select(self, rows: Tensor | Sequence[int]) -> "MemoryBranchState":
-        """A new state whose row `i` is a copy of row `rows[i]`."""
-        return MemoryBranchState(self.memory.index_select(rows), self.conv.index_select(rows), self.started)
-
     def copy_(self, rows: Tensor | Sequence[int], other: "MemoryBranchState", other_rows: Tensor | Sequence[int]) -> "MemoryBranchState":
         """Overwrite row `rows[i]` with row `other_rows[i]` of `other`, in place."""
-        self.memory.copy_(rows, other.memory, other_rows)
-        self.conv.copy_(rows, other.conv, other_rows)
+        super().copy_(rows, other, other_rows)
         self.started |= other.started
         return self
 
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
         """Back to the initial weights, for the given sequences or for all."""
-        self.memory.reset(rows)
-        self.conv.reset(rows)
+        super().reset(rows)
         self.started &= rows is not None
-
-    def clone(self) -> "MemoryBranchState":
-        """An independent copy."""
-        return MemoryBranchState(self.memory.clone(), self.conv.clone(), self.started)
-
-    def to(self, device: torch.device | str) -> "MemoryBranchState":
-        """The state on another device."""
-        return MemoryBranchState(self.memory.to(device), self.conv.to(device), self.started)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All parts by name."""
-        return {"memory": self.memory.state_dict(), "conv": self.conv.state_dict(), "started": self.started}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> "MemoryBranchState":
-        """A state from `state_dict()`'s result; another key or shape is a ValueError."""
-        if set(state) != {"memory", "conv", "started"}:
-            fail("state", "must have the keys memory, conv, started", sorted(state))
-        return cls(MemoryState.from_state_dict(state["memory"]), ConvTail.from_state_dict(state["conv"]), bool(state["started"]))
 
 
 class MemoryBranch(nn.Module):

@@ -11,11 +11,15 @@ from allmem_ops._validation import fail
 
 
 class StateGroup:
-    """Base of dataclasses (`@dataclass(eq=False)`) whose fields are all states of the same N sequences."""
+    """Base of dataclasses (`@dataclass(eq=False)`) whose fields are states of the same N sequences, and flags (bool)."""
 
     def parts(self) -> dict[str, Any]:
         """The states by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.type is not bool}
+
+    def flags(self) -> dict[str, bool]:
+        """The flags by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.type is bool}
 
     @property
     def batch(self) -> int:
@@ -28,7 +32,7 @@ class StateGroup:
         return sum(part.nbytes for part in self.parts().values())
 
     def _map(self, function: Callable[[Any], Any]) -> Self:
-        return type(self)(**{name: function(part) for name, part in self.parts().items()})
+        return type(self)(**{name: function(part) for name, part in self.parts().items()}, **self.flags())
 
     def index_select(self, rows: Tensor | Sequence[int]) -> Self:
         """A new state whose row `i` is a copy of row `rows[i]`."""
@@ -56,8 +60,8 @@ class StateGroup:
         return self._map(lambda part: part.to(device))
 
     def state_dict(self) -> dict[str, Any]:
-        """The parts' own dictionaries by name."""
-        return {name: part.state_dict() for name, part in self.parts().items()}
+        """The parts' own dictionaries by name, and the flags."""
+        return {name: part.state_dict() for name, part in self.parts().items()} | self.flags()
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
@@ -65,4 +69,4 @@ class StateGroup:
         names = [f.name for f in fields(cls)]
         if not isinstance(state, dict) or set(state) != set(names):
             fail("state", f"must have the keys {', '.join(names)}", sorted(state) if isinstance(state, dict) else type(state).__name__)
-        return cls(**{f.name: f.type.from_state_dict(state[f.name]) for f in fields(cls)})
+        return cls(**{f.name: (bool if f.type is bool else f.type.from_state_dict)(state[f.name]) for f in fields(cls)})
