@@ -1,9 +1,10 @@
 """SmolLM2's loss far past the 8192 tokens it was trained for: window + sinks, clamped and absolute sink positions, no memory.
 
-    python -m benchmarks.past_trained_length [--device cuda] [--output benchmarks/results/cpu/past_trained_length.json]
+    python -m benchmarks.past_trained_length [--device cuda] [--texts 8] [--output benchmarks/results/cpu/past_trained_length.json]
 
-One long text (standard-library files, one after the other), read in segments through the constant-size cache. Buckets hold different text,
-so the row "same text in range" gives the loss of the same tokens read at positions 4096 to 8192 of a sequence that begins later.
+Long texts (standard-library files, one after the other), read in segments through the constant-size cache. Buckets hold different text,
+so the row "same text in range" gives the loss of the same tokens read at positions 4096 to 8192 of a sequence that begins later; the more
+texts, the less a bucket depends on what stands in it.
 """
 
 import argparse
@@ -23,14 +24,14 @@ BUCKETS = ((0, 4096), (4096, 8192), (8192, 12288), (12288, 16384), (16384, 20480
 
 
 @torch.no_grad()
-def losses(model: torch.nn.Module, ids: torch.Tensor, segment: int = 1024) -> list[float]:
-    """Cross-entropy of every next token, read segment by segment."""
-    cache, hidden = AllMemCache(model, 1), []
+def losses(model: torch.nn.Module, ids: torch.Tensor, segment: int = 1024) -> torch.Tensor:
+    """[texts, T - 1] cross-entropy of every next token, read segment by segment."""
+    cache, hidden = AllMemCache(model, len(ids)), []
     with memory_mode(model, "off"):
         for part in ids.split(segment, 1):
             hidden.append(model.model(part, past_key_values=cache).last_hidden_state)
     last = torch.cat(hidden, 1)[:, :-1]
-    return token_losses(last, last, model.lm_head.weight, ids[:, 1:]).cross_entropy.flatten().tolist()
+    return token_losses(last, last, model.lm_head.weight, ids[:, 1:]).cross_entropy.cpu()
 
 
 def main() -> None:
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--tokens", type=Path, help="uint16 .npy rows instead of the tokenizer and the standard library")
+    parser.add_argument("--texts", type=int, default=1, help="how many different texts the losses are averaged over")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--output", type=Path)
@@ -47,10 +49,13 @@ def main() -> None:
     if options.tokens:
         import numpy as np  # noqa: PLC0415 - only with --tokens
 
-        ids = torch.from_numpy(np.load(options.tokens).astype("int64")).flatten()[None, : length + 1]
+        ids = torch.from_numpy(np.load(options.tokens).astype("int64")).flatten()
+        ids = ids[: options.texts * (length + 1)].view(options.texts, length + 1)
     else:
         corpus = standard_library()
-        ids = packed_rows(corpus, corpus.held_out, smollm2.load_tokenizer(weights), length=length + 1)[:1]
+        ids = packed_rows(corpus, corpus.held_out, smollm2.load_tokenizer(weights), length=length + 1)[: options.texts]
+    if len(ids) < options.texts:
+        raise SystemExit(f"--texts {options.texts}: the held-out files fill {len(ids)} texts of {length + 1} tokens")
     results = {}
     for name, positions, sinks in (
         ("clamped", "clamped", options.sinks),
@@ -60,11 +65,11 @@ def main() -> None:
         model = smollm2.load_model(weights, dtype=torch.float32, device=options.device).eval()
         convert(model, AllMemConfig(window=options.window, sinks=sinks, chunk_size=512, sink_positions=positions))
         found = losses(model, ids.to(options.device))
-        results[name] = [sum(found[a:b]) / (b - a) for a, b in BUCKETS]
+        results[name] = [found[:, a:b].mean().item() for a, b in BUCKETS]
         print(f"{name:9s}", " ".join(f"{x:6.3f}" for x in results[name]), flush=True)
         if name == "clamped":
-            again = [losses(model, ids[:, a - 4096 : b + 1].to(options.device))[4096:] for a, b in BUCKETS[1:]]
-            results["same text in range"] = [results[name][0], *(sum(part) / len(part) for part in again)]
+            again = [losses(model, ids[:, a - 4096 : b + 1].to(options.device))[:, 4096:] for a, b in BUCKETS[1:]]
+            results["same text in range"] = [results[name][0], *(part.mean().item() for part in again)]
             print("same text in range", " ".join(f"{x:6.3f}" for x in results["same text in range"]), flush=True)
     clamped, in_range = results["clamped"], results["same text in range"]
     print(f"clamped, 12k to 20k against 4k to 8k: {max(clamped[3:]) - clamped[1]:+.3f}")
@@ -72,7 +77,7 @@ def main() -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         card = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor() or platform.machine()
-        facts = {"device": card, "torch": torch.__version__, "window": options.window, "sinks": options.sinks, "buckets": BUCKETS}
+        facts = {"device": card, "torch": torch.__version__, "window": options.window, "sinks": options.sinks, "texts": options.texts, "buckets": BUCKETS}
         options.output.write_text(json.dumps({**facts, "loss": results}, indent=1))
 
 
