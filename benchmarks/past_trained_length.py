@@ -77,7 +77,14 @@ def main() -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         card = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor() or platform.machine()
-        facts = {"device": card, "torch": torch.__version__, "window": options.window, "sinks": options.sinks, "texts": options.texts, "buckets": BUCKETS}
+        facts = {
+            "device": card,
+            "torch": torch.__version__,
+            "window": options.window,
+            "sinks": options.sinks,
+            "texts": options.texts,
+            "buckets": BUCKETS,
+        }
         options.output.write_text(json.dumps({**facts, "loss": results}, indent=1))
 
 
