@@ -1,0 +1,259 @@
+"""Distilling SmolLM2 on a GPU: tokens a second and peak memory by implementation and batch, equal losses, where a step's time goes.
+
+    python -m benchmarks.training_speed --data TOKENS.npy [--weights FILE.gguf] [--parts kernels plain ...] \
+        [--batches 1 2 4] [--results DIR]
+
+A step is all of it: the teacher's forward pass, the student's, forward KL, backward, clipping, AdamW. "student" is the middle of it alone:
+forward, loss, backward. Parts:
+
+    kernels  impl="auto", launched one by one: window, sinks and chunk size may change at every step
+    compiled the same, the norms and MLPs of the layers (the teacher's too) by torch.compile
+    graph    the kernels as one CUDA graph
+    chunk    impl="chunk" as one CUDA graph (its batched products are an operator that torch.compile does not look into)
+    plain    the same student with windowed attention and no memory: forward, loss and backward to the embeddings
+    losses   the loss curves of both implementations from the same seed
+    profile  the kernels that a step with impl="auto" spends its time in
+
+One part's failure does not stop the others. Each figure is the median of `--steps` steps.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from allmem_ops import AllMemConfig
+from allmem_ops.demo import smollm2
+from allmem_ops.hf import convert, full_attention, memory_mode, memory_parameters, reconfigure, trainable_parameters
+from allmem_ops.hf.convert import memory_branches
+from allmem_ops.hf.runtime import runtime_of
+from allmem_ops.training import final_hidden, fine_tune, forward_kl
+from allmem_ops.training.graph import GraphedStep
+from benchmarks.measure import environment
+
+PARTS = ("kernels", "plain", "profile", "graph", "losses", "chunk", "compiled")
+TIMED = ("kernels", "plain", "graph", "chunk", "compiled")
+LR = 1e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="uint16 tokens, any shape")
+    parser.add_argument("--weights", type=Path, help="GGUF file; default: what the demo finds")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--sinks", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--loss-steps", type=int, default=60)
+    parser.add_argument("--device", default="cuda", help="cpu only to try the script")
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args()
+    tokens = np.load(options.data, mmap_mode="r").reshape(-1)
+    rows = torch.from_numpy(tokens[: tokens.size // options.length * options.length].astype(np.int64)).view(-1, options.length)
+    bench = Bench(options, rows)
+    found: dict[str, Any] = {"environment": environment(options.device), "settings": {k: str(v) for k, v in vars(options).items()}}
+    for part in options.parts:
+        found[part] = {}
+        for batch in options.batches if part in TIMED else options.batches[-1:]:
+            try:
+                found[part][str(batch)] = getattr(bench, part)(batch)
+                bench.say(part, batch, found[part][str(batch)])
+            except Exception as error:
+                traceback.print_exc(limit=-3)
+                found[part][str(batch)] = {"failed": repr(error)[:500]}
+            if options.results:
+                options.results.mkdir(parents=True, exist_ok=True)
+                (options.results / "training_speed.json").write_text(json.dumps(found, indent=1))
+
+
+class Bench:
+    """One model on the GPU, and the parts."""
+
+    def __init__(self, options: argparse.Namespace, rows: torch.Tensor) -> None:
+        self.options, self.rows = options, rows
+        weights = smollm2.verify(options.weights) if options.weights else smollm2.find_weights()
+        self.model = smollm2.load_model(weights, dtype=torch.bfloat16, device=options.device)
+        torch.manual_seed(0)
+        convert(self.model, AllMemConfig(window=options.window, sinks=options.sinks, chunk_size=options.chunk, impl="auto"))
+        self.model.train()
+        self.start = {name: p.detach().clone() for name, p in memory_parameters(self.model).items()}
+        self.head = self.model.get_output_embeddings().weight
+
+    def say(self, part: str, batch: int, values: dict[str, Any]) -> None:
+        shown = {name: value for name, value in values.items() if not isinstance(value, (list, dict))}
+        print(f"{part:8s} batch {batch}: " + "  ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
+
+    def batch(self, size: int) -> torch.Tensor:
+        return self.rows[:size].to(self.options.device)
+
+    @contextmanager
+    def impl(self, name: str) -> Iterator[None]:
+        """The model with another implementation, the memory as it was at the start."""
+        runtime, branches = runtime_of(self.model), memory_branches(self.model)
+        before = runtime.config
+        with torch.no_grad():
+            for key, p in memory_parameters(self.model).items():
+                p.copy_(self.start[key])
+                p.grad = None
+        runtime.config = before.replace(impl=name)
+        reconfigure(self.model)
+        assert all(branch.config.impl == name for branch in branches)
+        try:
+            yield
+        finally:
+            runtime.config = before
+            reconfigure(self.model)
+            for p in memory_parameters(self.model).values():
+                p.grad = None
+            torch.cuda.empty_cache()
+
+    def kernels(self, size: int, graph: bool = False, impl: str = "auto") -> dict[str, Any]:
+        """Tokens a second of whole steps and of the student alone."""
+        with self.impl(impl):
+            groups = trainable_parameters(self.model, lr=LR)
+            parameters = [p for group in groups for p in group["params"]]
+            optimizer = torch.optim.AdamW(groups, lr=LR)
+            ids = self.batch(size)
+
+            def student(ids: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+                loss = forward_kl(final_hidden(self.model, ids), teacher, self.head)
+                loss.backward()
+                return loss.detach()
+
+            run = GraphedStep(student, parameters) if graph else student
+
+            def teach() -> torch.Tensor:
+                with torch.no_grad(), full_attention(self.model):
+                    return final_hidden(self.model, ids)
+
+            def step() -> None:
+                run(ids, teach())
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                if not graph:
+                    optimizer.zero_grad()
+
+            figures = self.timed(step, ids.numel())
+            hidden = teach()
+            figures["student_ms"] = self.ms(lambda: run(ids, hidden))
+            figures["teacher_ms"] = self.ms(teach)
+            figures["kl_ms"] = self.kl_ms(hidden)
+            return figures
+
+    def graph(self, size: int) -> dict[str, Any]:
+        return self.kernels(size, graph=True)
+
+    def chunk(self, size: int) -> dict[str, Any]:
+        return self.kernels(size, graph=True, impl="chunk")
+
+    def compiled(self, size: int) -> dict[str, Any]:
+        for layer in self.model.base_model.layers:
+            for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+                module.compile()
+        return self.kernels(size)
+
+    def plain(self, size: int) -> dict[str, Any]:
+        """Forward, loss and backward to the embeddings, without the memory."""
+        with self.impl("auto"), memory_mode(self.model, "off"):
+            ids = self.batch(size)
+            with torch.no_grad(), full_attention(self.model):
+                teacher = final_hidden(self.model, ids)
+            embeddings = self.model.get_input_embeddings()(ids).detach().requires_grad_()
+
+            def step() -> None:
+                embeddings.grad = None
+                hidden = self.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+                forward_kl(hidden, teacher, self.head).backward()
+
+            return self.timed(step, ids.numel())
+
+    def losses(self, size: int) -> dict[str, Any]:
+        """Both curves, and their largest distance relative to the loss."""
+        size, steps = 1, min(self.options.loss_steps, len(self.rows))
+        curves = {}
+        for impl in ("auto", "chunk"):
+            with self.impl(impl):
+                batches = (self.rows[i : i + size].to(self.options.device) for i in range(steps))
+                result = fine_tune(self.model, batches, steps=steps, lr=LR, warmup=min(5, steps), cuda_graph=impl == "chunk")
+                curves[impl] = [step.kl for step in result.steps]
+        distance = [abs(a - b) / b for a, b in zip(*curves.values(), strict=True)]
+        last = [statistics.fmean(curve[-10:]) for curve in curves.values()]
+        return {
+            "first": curves["auto"][0],
+            "last10": last,
+            "relative_max": max(distance),
+            "relative_mean": statistics.fmean(distance),
+            **curves,
+        }
+
+    def profile(self, size: int) -> dict[str, Any]:
+        """Self device time by kernel, the 30 longest."""
+        with self.impl("auto"):
+            ids = self.batch(size)
+            with torch.no_grad(), full_attention(self.model):
+                teacher = final_hidden(self.model, ids)
+
+            def step() -> None:
+                with torch.no_grad(), full_attention(self.model):
+                    final_hidden(self.model, ids)
+                forward_kl(final_hidden(self.model, ids), teacher, self.head).backward()
+                self.synchronize()
+
+            step()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                step()
+            events = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
+            total = sum(e.self_device_time_total for e in events)
+            for e in events[:30]:
+                print(f"  {e.self_device_time_total / 1e3:8.2f} ms {e.count:6d} x  {e.key[:110]}", flush=True)
+            return {"total_ms": round(total / 1e3, 2), "top": [[e.key[:200], e.count, e.self_device_time_total / 1e3] for e in events[:60]]}
+
+    def timed(self, step: Callable[[], None], tokens: int) -> dict[str, Any]:
+        cuda = self.options.device != "cpu"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        ms = self.ms(step)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        return {"tokens_per_second": round(tokens / ms * 1e3), "ms": ms, "peak_gib": round(peak, 2)}
+
+    def kl_ms(self, hidden: torch.Tensor) -> float:
+        student = hidden.clone().requires_grad_()
+
+        def run() -> None:
+            student.grad = None
+            forward_kl(student, hidden, self.head).backward()
+
+        return self.ms(run)
+
+    def ms(self, step: Callable[[], Any]) -> float:
+        """Median wall time of a step with a synchronisation at its end: the host's part counts where the device waits for it."""
+        for _ in range(2):
+            step()
+        times = []
+        for _ in range(self.options.steps):
+            self.synchronize()
+            start = time.perf_counter()
+            step()
+            self.synchronize()
+            times.append(time.perf_counter() - start)
+        return round(statistics.median(times) * 1e3, 2)
+
+    def synchronize(self) -> None:
+        if self.options.device != "cpu":
+            torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
