@@ -28,8 +28,9 @@ import torch
 
 from allmem_ops import AllMemConfig
 from allmem_ops.demo import smollm2
-from allmem_ops.demo.arms import ALLMEM, FULL, NO_WRITES, WINDOW, evaluate, teacher_hidden, written_share
 from allmem_ops.demo.corpus import packed_rows, standard_library, whole_rows
+from allmem_ops.evaluation.arms import ALLMEM, FULL, LABELS, NO_WRITES, WINDOW
+from allmem_ops.evaluation.scoring import evaluate, teacher_hidden, written_share
 from allmem_ops.hf import attention as hf_attention
 from allmem_ops.hf import convert, memory_mode, memory_parameters
 from allmem_ops.layers import memory as memory_layer
@@ -177,7 +178,7 @@ def scores(model: torch.nn.Module, rows: torch.Tensor, options: argparse.Namespa
     teacher = teacher_hidden(model, rows, rows_per_pass=4)
     found = evaluate(model, rows, teacher, first_position=options.window, arms=arms, chunk_size=2048, rows_per_pass=4)
     model.train()
-    return {name: {"kl": s.kl, "loss": s.loss} for name, s in found.items()}
+    return {LABELS[name]: {"kl": s.kl, "loss": s.loss} for name, s in found.items()}
 
 
 def main() -> None:
@@ -246,9 +247,12 @@ def main() -> None:
     alphas = torch.cat([p.detach().abs().flatten() for name, p in memory_parameters(model).items() if name.endswith("alpha")])
     share = written_share(model.eval(), held_out[:1], first_position=options.window) if options.writes else 0.0
     record.save(
-        after=after, arm=after[own], written_share=share, mean_abs_alpha=alphas.mean().item(), skipped=result.skipped, finished=True
+        after=after, arm=after[LABELS[own]], written_share=share, mean_abs_alpha=alphas.mean().item(), skipped=result.skipped, finished=True
     )  # fmt: skip
-    print(json.dumps({"name": options.name, "seed": options.seed, "arm": after[own], "after": after, "written_share": share}), flush=True)
+    print(
+        json.dumps({"name": options.name, "seed": options.seed, "arm": after[LABELS[own]], "after": after, "written_share": share}),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

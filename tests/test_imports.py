@@ -118,7 +118,8 @@ _ABOVE = {
     "allmem_ops.ops": ["allmem_ops.layers", "allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo", "allmem_ops.cost"],
     "allmem_ops.layers": ["allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo"],
     "allmem_ops.cost": ["allmem_ops.layers", "allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo"],
-    "allmem_ops.training": ["allmem_ops.demo"],
+    "allmem_ops.training": ["allmem_ops.evaluation", "allmem_ops.demo"],
+    "allmem_ops.evaluation": ["allmem_ops.demo"],
     "allmem_ops.hf": ["allmem_ops.demo"],
     "allmem_ops.testing": ["allmem_ops.layers", "allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo"],
 }

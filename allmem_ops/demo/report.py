@@ -6,8 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from allmem_ops.cost import MixerShape, cache_bytes, decode_flops
-from allmem_ops.demo.arms import ALLMEM, FULL, NO_WRITES, WINDOW, Score
 from allmem_ops.demo.stream import Segment
+from allmem_ops.evaluation.arms import ALLMEM, FULL, LABELS, NO_WRITES, WINDOW
+from allmem_ops.evaluation.scoring import Score
+from allmem_ops.evaluation.table import table
 from allmem_ops.training import Step
 
 LENGTHS = (8192, 32768, 131072)
@@ -42,26 +44,6 @@ class Report:
     seconds: float
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that also reads well in a terminal: the first column left, the others right.
-
-    Examples:
-        >>> print(table(["arm", "loss"], [["full", "1.5"], ["window", "12.25"]]))
-        | arm    |  loss |
-        |:-------|------:|
-        | full   |   1.5 |
-        | window | 12.25 |
-    """
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = (f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths, strict=True)))
-        return "| " + " | ".join([first, *rest]) + " |"
-
-    rule = "|:" + "-" * (widths[0] + 1) + "|" + "".join("-" * (w + 1) + ":|" for w in widths[1:])
-    return "\n".join([line(header), rule, *map(line, rows)])
-
-
 def quality_table(report: Report) -> str:
     """KL to the teacher and perplexity of each arm, before and after."""
     rows = []
@@ -69,7 +51,7 @@ def quality_table(report: Report) -> str:
         before, after = report.before.get(name), report.after[name]
         cells = [f"{s.kl:.4f}" if s else "-" for s in (before, after)] + [f"{s.perplexity:.3f}" if s else "-" for s in (before, after)]
         added = f"{report.added / 1e6:.1f} M ({100 * report.added / report.base:.1f} %)" if name in (ALLMEM, NO_WRITES) else "0"
-        rows.append([name, *cells, added])
+        rows.append([LABELS[name], *cells, added])
     return table(["", "KL before", "KL after", "perplexity before", "after", "parameters added"], rows)
 
 
@@ -80,7 +62,7 @@ def cost_table(shape: MixerShape) -> str:
     for name, mixer in MIXERS.items():
         memory = [f"{cache_bytes(shape, length, mixer) / 1e6:.1f} MB" for length in LENGTHS]
         flops = [f"{decode_flops(shape, length, mixer) / 1e6:.0f} M" for length in LENGTHS]
-        rows.append([name, *memory, *flops])
+        rows.append([LABELS[name], *memory, *flops])
     return table(header, rows)
 
 
@@ -142,15 +124,17 @@ def picture(report: Report, path: Path) -> Path:
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     axes = figure.subplots(2, 2)
     for name, mixer in MIXERS.items():
-        axes[0, 0].plot(lengths, [cache_bytes(report.shape, n, mixer) / 1e6 for n in lengths], label=name)
-        axes[0, 1].plot(lengths, [decode_flops(report.shape, n, mixer) / 1e6 for n in lengths], label=name)
+        axes[0, 0].plot(lengths, [cache_bytes(report.shape, n, mixer) / 1e6 for n in lengths], label=LABELS[name])
+        axes[0, 1].plot(lengths, [decode_flops(report.shape, n, mixer) / 1e6 for n in lengths], label=LABELS[name])
     for axis, label in ((axes[0, 0], "cache, MB"), (axes[0, 1], "token mixers, MFLOP for one more token")):
         axis.set(xscale="log", yscale="log", xlabel="tokens read", ylabel=label)
         axis.set_xscale("log", base=2)
     taken = [s for s in report.steps if not s.skipped]
     axes[1, 0].plot([s.index + 1 for s in taken], [s.kl for s in taken], color="0.6", label="training rows")
     for name, style in ((WINDOW, ":"), (ALLMEM, "-"), (NO_WRITES, "--")):
-        axes[1, 0].axhline(report.after[name].kl, linestyle=style, color="C3" if name == WINDOW else "C2", label=f"held out: {name}")
+        axes[1, 0].axhline(
+            report.after[name].kl, linestyle=style, color="C3" if name == WINDOW else "C2", label=f"held out: {LABELS[name]}"
+        )
     axes[1, 0].set(xlabel="step", ylabel="KL to full attention, nats a token", ylim=(0, None))
     read = [s.tokens for s in report.segments]
     axes[1, 1].plot(read, [s.cache_bytes / 1e6 for s in report.segments], color="C2", label="AllMem's cache, measured")

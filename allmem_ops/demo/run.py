@@ -11,10 +11,11 @@ from tqdm import tqdm
 from allmem_ops import AllMemConfig
 from allmem_ops.cost import MixerShape, cache_bytes
 from allmem_ops.demo import report as reporting
-from allmem_ops.demo.arms import ALLMEM, FULL, NO_WRITES, WINDOW, Score, evaluate, teacher_hidden, written_share
 from allmem_ops.demo.corpus import Corpus, longest_file, packed_rows, whole_rows
 from allmem_ops.demo.settings import Settings
 from allmem_ops.demo.stream import Segment, stream
+from allmem_ops.evaluation.arms import ALLMEM, FULL, LABELS, NO_WRITES, WINDOW
+from allmem_ops.evaluation.scoring import Score, evaluate, teacher_hidden, written_share
 from allmem_ops.hf import convert, load_memory, memory_parameters, reconfigure, save_memory
 from allmem_ops.training import Step, fine_tune
 
@@ -132,7 +133,7 @@ def _compare(
     with _bar(len(rows) * sum(name != FULL for name in arms), "compare") as bar:
         scores = evaluate(model, rows, teacher, first_position=settings.window, arms=arms, on_pass=bar.update)
     for name, score in scores.items():
-        say(f"  {name:<19} KL {score.kl:.4f}  perplexity {score.perplexity:.3f}")
+        say(f"  {LABELS[name]:<19} KL {score.kl:.4f}  perplexity {score.perplexity:.3f}")
     return scores
 
 

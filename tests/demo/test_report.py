@@ -3,9 +3,11 @@
 import pytest
 
 from allmem_ops.cost import MixerShape, cache_bytes, decode_flops
-from allmem_ops.demo.arms import ALLMEM, FULL, NO_WRITES, WINDOW, Score
-from allmem_ops.demo.report import Report, cost_table, picture, quality_table, table, text, verdict
+from allmem_ops.demo.report import Report, cost_table, picture, quality_table, text, verdict
 from allmem_ops.demo.stream import Segment
+from allmem_ops.evaluation.arms import ALLMEM, FULL, NO_WRITES, WINDOW
+from allmem_ops.evaluation.scoring import Score
+from allmem_ops.evaluation.table import table
 from allmem_ops.training import Step
 
 SHAPE = MixerShape(

@@ -7,11 +7,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from allmem_ops import AllMemConfig
-from allmem_ops.demo.arms import ALLMEM, FULL, NO_WRITES, WINDOW, evaluate, teacher_hidden, written_share
 from allmem_ops.demo.corpus import standard_library
 from allmem_ops.demo.run import run
 from allmem_ops.demo.settings import Settings
 from allmem_ops.demo.stream import stream
+from allmem_ops.evaluation.arms import ALLMEM, FULL, NO_WRITES, WINDOW
+from allmem_ops.evaluation.scoring import evaluate, teacher_hidden, written_share
 from allmem_ops.hf import convert, full_attention, load_memory, memory_mode, memory_parameters
 
 SETTINGS = Settings(
