@@ -9,7 +9,7 @@ from transformers.generation import GenerationMode
 
 from allmem_ops._validation import fail
 from allmem_ops.hf.cache import AllMemCache
-from allmem_ops.hf.layout import Layout, make_layout
+from allmem_ops.hf.layout import Layout, make_layout, own_positions
 from allmem_ops.hf.runtime import ATTRIBUTE, Runtime
 from allmem_ops.ops.swa.api import swa, swa_step
 from allmem_ops.ops.swa.cache import WindowCache
@@ -37,6 +37,7 @@ def prepare_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
     if not runtime.enabled:
         return None
     kwargs = {**dict(zip(_DECODER_ARGUMENTS, args, strict=False)), **kwargs}
+    active = kwargs.pop("allmem_active", None)
     if kwargs.get("output_attentions") or decoder.config.output_attentions:
         fail("output_attentions", "must be False: sliding-window attention never forms the weights", True)
     source = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
@@ -58,11 +59,13 @@ def prepare_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
         if decoder.training and getattr(decoder, "gradient_checkpointing", False):
             fail("past_key_values", "must be None with gradient checkpointing: a layer that runs twice would write twice", "a cache")
         cache.check_fits(runtime.config, len(layers), batch)
-    layout = make_layout(runtime, inv_freq, batch, tokens, source.device, kwargs.get("attention_mask"), position_ids, cache)
+    layout = make_layout(runtime, inv_freq, batch, tokens, source.device, kwargs.get("attention_mask"), position_ids, cache, active)
     if cache is None and _wants_cache(decoder, kwargs, layout):
         cache = AllMemCache(_DecoderAsModel(decoder, runtime), batch)
         kwargs["past_key_values"] = cache
         layout = make_layout(runtime, inv_freq, batch, tokens, source.device, kwargs.get("attention_mask"), position_ids, cache)
+    if position_ids is None and cache is not None and not cache.aligned:
+        kwargs["position_ids"] = own_positions(layout, kwargs.get("attention_mask"))
     kwargs["use_cache"] = cache is not None
     kwargs["allmem"] = layout
     return (), kwargs

@@ -105,6 +105,15 @@ class AllMemCache(Cache):
         if self.batch_size != batch_size:
             fail("past_key_values", f"must hold {batch_size} sequences", self.batch_size)
 
+    def advance(self, tokens: int) -> None:
+        """Count tokens that a replayed graph has put in; may be negative, to take back what only its capture counted."""
+        for layer in self.layers:
+            layer.seen += tokens
+
+    def align(self) -> None:
+        """Note whether every sequence has seen the same tokens; reads the positions on the host. Segments then go the shorter way."""
+        self.aligned = set(self.positions.tolist()) == {self.get_seq_length()}
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Count the tokens and hand them on: the attention function puts them into the window itself."""
         self.layers[layer_idx].seen += key_states.shape[-2]

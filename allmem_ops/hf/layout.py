@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from allmem_ops._validation import fail
+from allmem_ops._validation import check_dtype, check_shape, fail
 from allmem_ops.hf.cache import AllMemCache
 from allmem_ops.hf.runtime import Runtime
 from allmem_ops.layers.config import AllMemConfig
@@ -27,7 +27,7 @@ class Layout:
         indices: int64 [n], flat positions of the real tokens in [B*T].
         cu_seqlens: int64 [N+1], where each sequence lies among them.
         lengths: the sequences' lengths on the host, with a cache.
-        active: bool [B], for a single token: rows that are not padding; None: all.
+        active: bool [B], for a single token: the rows that take it in; None: all.
         rotation: (cos, sin) [., ., 1, D] that turn a query at its position i to min(i, P-1), or None where no query
             lies past P.
     """
@@ -66,15 +66,19 @@ def make_layout(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: AllMemCache | None,
+    active: Tensor | None = None,
 ) -> Layout:
-    """Read mask, positions and cache of one call.
+    """Read mask, positions and cache of one call; `active`, bool [B], stands for the mask in a step and is never read on the host.
 
     Raises:
-        ValueError: a mask that is not [B, past + T], or packed `position_ids` together with a cache.
+        ValueError: a mask that is not [B, past + T], packed `position_ids` together with a cache, or `active` outside a step.
     """
     past = 0 if cache is None else cache.get_seq_length()
-    indices = cu_seqlens = lengths = active = None
-    if attention_mask is not None:
+    indices = cu_seqlens = lengths = None
+    if active is not None:
+        _check_active(active, batch, tokens, attention_mask, cache)
+        cache.aligned = False  # which rows go on is known on the device alone
+    elif attention_mask is not None:
         real = _real_tokens(attention_mask, batch, tokens, past).to(device)
         if cache is not None and tokens == 1:
             active = real[:, 0]
@@ -91,7 +95,7 @@ def make_layout(
                 fail("position_ids", "must rise by 1 with a cache", "packed sequences", "Pass use_cache=False, or one sequence a row")
             indices, cu_seqlens = torch.arange(batch * tokens, device=device), starts
     if cache is not None:
-        if tokens > 1 and indices is None and not cache.aligned:
+        if tokens > 1 and indices is None and not cache.aligned and batch > 1:
             lengths = (tokens,) * batch
             indices, cu_seqlens = torch.arange(batch * tokens, device=device), torch.arange(batch + 1, device=device) * tokens
         elif indices is not None:
@@ -110,9 +114,27 @@ def make_layout(
         active=active,
     )
     config = runtime.config
-    if config.sinks == 0 or config.sink_positions == "absolute" or past + tokens <= runtime.trained_length:
+    if config.sinks == 0 or config.sink_positions == "absolute":
+        return layout
+    if active is None and past + tokens <= runtime.trained_length:  # with `active` the step may be replayed at any position
         return layout
     return replace(layout, rotation=_clamping_rotation(layout, inv_freq, runtime.trained_length))
+
+
+def own_positions(layout: Layout, attention_mask: Tensor | None) -> Tensor:
+    """int64 [B, T]: each token's index in its own sequence, where sequences stand at different ones."""
+    before = layout.cache.positions[:, None]
+    if attention_mask is None:
+        return before + torch.arange(layout.tokens, device=before.device)
+    real = _real_tokens(attention_mask, layout.batch, layout.tokens, layout.past).to(before.device)
+    return (before + real.cumsum(1) - 1).clamp(min=0)
+
+
+def _check_active(active: Tensor, batch: int, tokens: int, mask: Tensor | None, cache: AllMemCache | None) -> None:
+    if cache is None or tokens != 1 or mask is not None:
+        fail("allmem_active", "needs a cache, one token a row and no `attention_mask`", f"{tokens} tokens")
+    check_shape("allmem_active", active, "B", {"B": batch})
+    check_dtype("allmem_active", active, torch.bool)
 
 
 def _real_tokens(mask: Tensor, batch: int, tokens: int, past: int) -> Tensor:

@@ -211,8 +211,7 @@ class MemoryBranch(nn.Module):
             if not steps:
                 state.conv.inputs.copy_(inputs.state.inputs)
             state.started = True
-        gate = None if inputs.gate is None else inputs.gate.to(x.dtype)
-        readout = gated_fusion(None, memory, None, gate=gate, norm_weight=self.readout_norm, eps=config.norm_eps, impl=config.impl)
+        readout = self._read_out(x.dtype, inputs, memory)
         if attn is not None and overwrite_attn and self._folds(attn, readout):
             return self._add_folded(attn, readout)
         out = F.linear(readout, self.out_proj.weight.to(x.dtype))
@@ -233,6 +232,28 @@ class MemoryBranch(nn.Module):
             "eps": config.weight_norm_eps,
         }
 
+    @torch.no_grad()
+    def step_readout(self, projected: Tensor, state: MemoryBranchState, active: Tensor | None = None) -> Tensor:
+        """What `forward` hands to the output projection, from `projected` = Linear_in(x): for callers that make that product with others.
+
+        Args:
+            projected: [B, T, columns of in_proj], T from 1 to 256.
+            state, active: as in `forward`; the state is moved on in place. An inactive row's readout is 0.
+
+        Returns:
+            [B, T, H*d] in `projected`'s dtype.
+        """
+        self._check_options(state)
+        inputs = self._enter(projected, state, None, active, True)
+        memory = self._remember(projected.dtype, inputs, state, None, active, True)
+        state.started = True
+        return self._read_out(projected.dtype, inputs, memory)
+
+    def _read_out(self, dtype: torch.dtype, inputs: MemoryInput, memory: Tensor) -> Tensor:
+        gate = None if inputs.gate is None else inputs.gate.to(dtype)
+        config = self.config
+        return gated_fusion(None, memory, None, gate=gate, norm_weight=self.readout_norm, eps=config.norm_eps, impl=config.impl)
+
     def _read_input(
         self,
         x: Tensor,
@@ -241,9 +262,20 @@ class MemoryBranch(nn.Module):
         active: Tensor | None = None,
         steps: bool = False,
     ) -> MemoryInput:
-        """One product for everything that is linear in x, then what the memory reads; `steps` moves the convolution's tail on."""
+        """One product for everything that is linear in x, then what the memory reads."""
+        return self._enter(F.linear(x, self.in_proj.weight.to(x.dtype)), state, cu_seqlens, active, steps)
+
+    def _enter(
+        self,
+        projected: Tensor,
+        state: MemoryBranchState | None,
+        cu_seqlens: Tensor | None,
+        active: Tensor | None,
+        steps: bool,
+    ) -> MemoryInput:
+        """What the memory reads, from everything that is linear in x; `steps` moves the convolution's tail on."""
         config = self.config
-        operands = F.linear(x, self.in_proj.weight.to(x.dtype)), self.conv_weight, self.head_bias
+        operands = projected, self.conv_weight, self.head_bias
         options = {
             "heads": self.heads,
             "q_norm": self.q_norm,
