@@ -1,23 +1,49 @@
 """Memory-efficient fine-tuning: forward-KL distillation of a converted model from the same weights with full attention.
 
-The losses and the schedule need torch alone; `fine_tune` needs the extra `[hf]` and is loaded when first used.
+The losses and the recipe need torch alone; what runs a model, and `TokenRows`, need the extra `[hf]` and are loaded when first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from allmem_ops.training.data import Batch, response_mask
 from allmem_ops.training.kl import TokenLosses, forward_kl, token_losses
+from allmem_ops.training.recipe import Draw, Recipe
 from allmem_ops.training.schedule import wsd_factor
 
 if TYPE_CHECKING:
-    from allmem_ops.training.distill import FineTuneResult, Step, final_hidden, fine_tune
+    from allmem_ops.training.distill import FineTuneResult, fine_tune
+    from allmem_ops.training.engine import Distillation, Step, final_hidden
+    from allmem_ops.training.rows import TokenRows
 
-_DISTILL = ("FineTuneResult", "Step", "final_hidden", "fine_tune")
+_HOME = {
+    "Distillation": "engine",
+    "FineTuneResult": "distill",
+    "Step": "engine",
+    "TokenRows": "rows",
+    "final_hidden": "engine",
+    "fine_tune": "distill",
+}
 
-__all__ = ["FineTuneResult", "Step", "TokenLosses", "final_hidden", "fine_tune", "forward_kl", "token_losses", "wsd_factor"]
+__all__ = [
+    "Batch",
+    "Distillation",
+    "Draw",
+    "FineTuneResult",
+    "Recipe",
+    "Step",
+    "TokenLosses",
+    "TokenRows",
+    "final_hidden",
+    "fine_tune",
+    "forward_kl",
+    "response_mask",
+    "token_losses",
+    "wsd_factor",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _DISTILL:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("allmem_ops.training.distill"), name)
+    return getattr(importlib.import_module(f"allmem_ops.training.{_HOME[name]}"), name)

@@ -2,27 +2,10 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from allmem_ops import AllMemConfig
-from allmem_ops.hf import convert, full_attention, memory_parameters
-from allmem_ops.training import distill, fine_tune
-
-VOCAB = 48
-
-
-def make_model(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        initializer_range=0.3,
-    )  # fmt: skip
-    return convert(LlamaForCausalLM(config), AllMemConfig(window=8, sinks=1, chunk_size=8, head_dim=16))
-
-
-def batches(count, rows=2, length=40, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, VOCAB, (rows, length), generator=generator) for _ in range(count)]
+from allmem_ops.hf import full_attention, memory_parameters
+from allmem_ops.training import engine, fine_tune
+from tests.training.tiny import batches, make_model
 
 
 def test_first_step_sees_the_plain_kl():
@@ -61,7 +44,7 @@ def test_two_runs_are_equal():
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(monkeypatch, poison):
     model = make_model()
-    real = distill.forward_kl
+    real = engine.forward_kl
     calls, snapshots = [], []
 
     def poisoned(student, *args, **kwargs):
@@ -73,7 +56,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(monkeypatch, p
             student.register_hook(lambda grad: grad * float("inf"))
         return loss
 
-    monkeypatch.setattr(distill, "forward_kl", poisoned)
+    monkeypatch.setattr(engine, "forward_kl", poisoned)
 
     def snapshot(_):
         snapshots.append([p.detach().clone() for p in memory_parameters(model).values()])

@@ -1,0 +1,239 @@
+"""`Distillation`: one run of forward-KL distillation, step by step, in one process or in several through accelerate."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allmem_ops._validation import fail
+from allmem_ops.hf import full_attention, memory_parameters, reconfigure, trainable_parameters
+from allmem_ops.training.data import Batch
+from allmem_ops.training.graph import GraphedStep
+from allmem_ops.training.kl import forward_kl
+from allmem_ops.training.recipe import NO_DRAW, Draw, Recipe
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step saw.
+
+    Args:
+        index: from 0.
+        kl: nats a token that counts, over all processes.
+        lr: the base rate.
+        grad_norm: before clipping.
+        tokens: read by this process.
+        seconds: wall time.
+        skipped: loss or gradient were not finite; the step changed nothing.
+        draw: window, sinks and chunk size; None where the recipe leaves one alone.
+    """
+
+    index: int
+    kl: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+    skipped: bool
+    draw: Draw = NO_DRAW
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device may not have finished: `numbers` holds kl and gradient norm, on the device."""
+
+    index: int
+    lr: float
+    tokens: int
+    draw: Draw
+    numbers: Tensor
+
+    def read(self, since: float) -> Step:
+        """Wait for the step and read its two numbers, one transfer; `since` is a `time.perf_counter()` that its seconds count from."""
+        kl, norm = self.numbers.tolist()
+        skipped = not (abs(kl) < float("inf") and norm < float("inf"))
+        return Step(self.index, kl, self.lr, norm, self.tokens, time.perf_counter() - since, skipped, self.draw)
+
+
+def final_hidden(model: Any, ids: Tensor) -> Tensor:
+    """`[B, T, D]`: what the language-model head receives, without a cache."""
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+class TeacherAndStudent(nn.Module):
+    """One converted model read twice: with full attention, without gradients, and as it is. Returns the summed KL."""
+
+    def __init__(self, model: nn.Module, first_position: int, kl_chunk: int) -> None:
+        super().__init__()
+        self.model, self.first_position, self.kl_chunk = model, first_position, kl_chunk
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.student(ids, self.teacher(ids), mask)
+
+    @torch.no_grad()
+    def teacher(self, ids: Tensor) -> Tensor:
+        with full_attention(self.model):
+            return final_hidden(self.model, ids)[:, self.first_position :]
+
+    def student(self, ids: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        hidden = final_hidden(self.model, ids)[:, self.first_position :]
+        mask = None if mask is None else mask[:, self.first_position :]
+        head = self.model.get_output_embeddings().weight
+        return forward_kl(hidden, teacher, head, mask=mask, reduction="sum", chunk_size=self.kl_chunk)
+
+
+class Distillation:
+    """Trains the memory of a converted model by forward KL to the same weights with full attention.
+
+    AdamW on `trainable_parameters(model)` under the recipe's schedule. The model's weights may be bf16: the memory's parameters,
+    their gradients and the optimizer stay fp32. A step whose loss or gradient is not finite changes nothing; whether it is finite
+    is decided on the device (`found_inf` of the fused optimizer), so that no step waits for the host.
+
+    Args:
+        model: a model that `allmem_ops.hf.convert` changed; put into training mode.
+        recipe: the steps.
+        accelerator: an `accelerate.Accelerator`: several processes, by its own config. None: this process alone.
+        cuda_graph: replay the student's forward and backward as one CUDA graph: batches of one shape without mask, one process,
+            and a recipe that draws nothing.
+
+    Attributes:
+        index: the next step; set by `load_state`.
+        module: what runs the passes, wrapped by the accelerator.
+        optimizer, parameters: AdamW, and what it trains.
+
+    Raises:
+        ValueError: a model that is not converted or has anything but its memory to train; `cuda_graph` where it can't be.
+    """
+
+    def __init__(self, model: Any, recipe: Recipe, *, accelerator: Any = None, cuda_graph: bool = False) -> None:
+        self.model, self.recipe, self.accelerator, self.index = model, recipe, accelerator, 0
+        groups = trainable_parameters(model, lr=recipe.lr)
+        _check_only_memory_trains(model, [p for group in groups for p in group["params"]])
+        if cuda_graph and (recipe.draws or accelerator is not None):
+            fail("cuda_graph", "must be False where window, sinks or chunk size change from step to step, or with an accelerator", True)
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.module: nn.Module = TeacherAndStudent(model.train(), recipe.first_position, recipe.kl_chunk)
+        self._plain = self.module
+        if accelerator is not None:
+            self.module, self.optimizer = accelerator.prepare(self.module, self.optimizer)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._engine_steps = accelerator is not None and str(accelerator.distributed_type).endswith("DEEPSPEED")
+        self._sharded = accelerator is not None and not self._engine_steps and any(hasattr(p, "full_tensor") for p in self.parameters)
+        self._graph = GraphedStep(self._student_backward, self.parameters) if cuda_graph else None
+
+    def step(self, batch: Batch | Tensor) -> Launched:
+        """Launch the next step; `read` on what comes back waits for it.
+
+        Args:
+            batch: ids [B, T], or ids and mask, on the model's device: this process's rows.
+        """
+        batch = Batch.of(batch)
+        if self.recipe.first_position >= batch.ids.shape[1]:
+            fail("first_position", f"must be below T={batch.ids.shape[1]}", self.recipe.first_position)
+        draw = self.recipe.draw(self.index)
+        if draw != NO_DRAW:
+            reconfigure(self.model, **draw._asdict())
+        factor = self.recipe.factor(self.index)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        kl = self._forward_backward(batch)
+        norm = self._update(kl)
+        launched = Launched(self.index, self.recipe.lr * factor, batch.ids.numel(), draw, torch.stack([kl.float(), norm.float()]))
+        self.index += 1
+        return launched
+
+    def _forward_backward(self, batch: Batch) -> Tensor:
+        """Fill the gradients; the mean KL over the tokens of all processes."""
+        first = self.recipe.first_position
+        count: Tensor | int = batch.ids[:, first:].numel() if batch.mask is None else batch.mask[:, first:].sum().clamp(min=1)
+        if self.accelerator is None:
+            if self._graph is None:
+                return self._backward(self.module(*batch), 1 / count)
+            return self._graph(batch.ids, self._plain.teacher(batch.ids))
+        # The engine averages the gradients of its processes: each gives its sum over the mean count.
+        count = self.accelerator.reduce(torch.as_tensor(count, device=batch.ids.device, dtype=torch.float32), "mean")
+        return self.accelerator.reduce(self._backward(self.module(*batch), 1 / count), "mean")
+
+    def _student_backward(self, ids: Tensor, teacher: Tensor) -> Tensor:
+        return self._backward(self._plain.student(ids, teacher), 1 / (teacher.shape[0] * teacher.shape[1]))
+
+    def _backward(self, kl: Tensor, scale: Tensor | float) -> Tensor:
+        loss = kl * scale
+        if self.accelerator is None:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _update(self, kl: Tensor) -> Tensor:
+        """Clip and step, unless loss or gradient are not finite; the norm before clipping."""
+        if self._engine_steps:  # DeepSpeed has clipped and stepped inside backward, by its own config
+            norm = self.module.get_global_grad_norm()
+            return kl.new_zeros(()) if norm is None else torch.as_tensor(float(norm), device=kl.device)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._sharded:  # the fused optimizer does not mix its predicate with sharded tensors: the host decides
+            norm = norm.full_tensor()
+            if torch.isfinite(norm + kl):
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.grad_clip, norm)
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+            return norm
+        fused = getattr(self.optimizer, "optimizer", self.optimizer)
+        fused.grad_scale = (norm / self.recipe.grad_clip).clamp(min=1.0).float()
+        fused.found_inf = (~torch.isfinite(norm + kl)).float()
+        self.optimizer.step()
+        if self._graph is None:
+            self.optimizer.zero_grad()
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """What goes on in a later run, by name: the memory, and AdamW's moments and step counts. Not sharded: see `sharded`."""
+        if self.sharded:
+            raise RuntimeError("the state of a sharded run is saved by accelerate's own save_state")
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        tensors: dict[str, Tensor] = {}
+        for name, p in memory_parameters(self.model).items():
+            tensors[f"memory/{name}"] = p.detach()
+            for key, value in inner.state.get(p, {}).items():
+                tensors[f"{key}/{name}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor], index: int) -> None:
+        """Go on at step `index` from the `state` of another run of the same model and recipe.
+
+        Raises:
+            ValueError: tensors that do not fit; nothing is changed then.
+        """
+        parameters = memory_parameters(self.model)
+        keys = ("memory",) if index == 0 else ("memory", "exp_avg", "exp_avg_sq", "step")
+        expected = {f"{key}/{name}": () if key == "step" else tuple(p.shape) for name, p in parameters.items() for key in keys}
+        found = {name: tuple(t.shape) for name, t in tensors.items()}
+        if found != expected:
+            wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+            fail(
+                "tensors",
+                f"must be the {len(expected)} of this model's memory and optimizer",
+                f"{len(wrong)} that differ, the first {wrong[0]}",
+            )
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        for name, p in parameters.items():
+            p.copy_(tensors[f"memory/{name}"])
+            inner.state[p] = {key: tensors[f"{key}/{name}"].to(p.device, torch.float32, copy=True) for key in keys[1:]}
+        self.index = index
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters or optimizer are spread over the processes, so that only accelerate can save them."""
+        return self._sharded or self._engine_steps
+
+
+def _check_only_memory_trains(model: Any, parameters: list[nn.Parameter]) -> None:
+    memory = {id(p) for p in parameters}
+    stray = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in memory]
+    if stray:
+        fail("model", "must have nothing but its memory's parameters to train", stray[:3], "Set requires_grad_(False) on the others")

@@ -1,0 +1,132 @@
+"""The engine: exact resume, draws, masks, gradient checkpointing, and what it refuses."""
+
+import pytest
+import torch
+
+from allmem_ops.hf import full_attention, memory_parameters, reconfigure
+from allmem_ops.training import Batch, Distillation, Draw, Recipe, response_mask
+from tests.training.tiny import batches, llama, make_model
+
+RANGES = {"window": (6, 20), "sinks": (0, 3), "chunk_size": (3, 20)}
+RECIPE = Recipe(steps=8, lr=5e-3, warmup=2, decay=3, **RANGES)
+
+
+def run(model, recipe, data, **options):
+    engine = Distillation(model, recipe, **options)
+    return engine, [engine.step(ids).read(0.0) for ids in data]
+
+
+def test_resumed_run_is_the_unbroken_one_bit_for_bit():
+    data = batches(8)
+    _, whole = run(make_model(), RECIPE, data)
+    first, before = run(make_model(), RECIPE, data[:3])
+    saved = {name: t.clone() for name, t in first.state().items()}
+    again = Distillation(make_model(seed=5), RECIPE)
+    with torch.no_grad():  # the base weights are the checkpoint's business, not the engine's
+        for p, q in zip(again.model.parameters(), first.model.parameters(), strict=True):
+            p.copy_(q if not q.requires_grad else torch.full_like(q, 7.0))
+    again.load_state(saved, 3)
+    after = [again.step(ids).read(0.0) for ids in data[3:]]
+    assert [s.kl for s in before + after] == [s.kl for s in whole]
+    assert [s.draw for s in after] == [s.draw for s in whole[3:]] and [s.index for s in after] == list(range(3, 8))
+    # a moment lost would show
+    damaged = {name: t * 0 if name.startswith("exp_avg_sq") else t for name, t in saved.items()}
+    again.load_state(damaged, 3)
+    assert [again.step(ids).read(0.0).kl for ids in data[3:5]] != [s.kl for s in whole[3:5]]
+
+
+def test_state_that_does_not_fit_is_refused_and_changes_nothing():
+    engine, _ = run(make_model(), RECIPE, batches(1))
+    saved = engine.state()
+    before = {name: t.clone() for name, t in saved.items()}
+    with pytest.raises(
+        ValueError, match=r"`tensors` must be the \d+ of this model's memory and optimizer; got 1 that differ, the first exp_avg/"
+    ):
+        engine.load_state({k: v for k, v in saved.items() if k != next(n for n in saved if n.startswith("exp_avg/"))}, 1)
+    assert all(torch.equal(t, before[name]) for name, t in engine.state().items())
+
+
+def test_each_step_reads_with_its_own_draw():
+    model, data = make_model(), batches(1)[0]
+    engine = Distillation(model, RECIPE)
+    seen = []
+    for _ in range(4):
+        step = engine.step(data).read(0.0)
+        config = reconfigure(model)
+        assert step.draw == RECIPE.draw(step.index) == Draw(config.window, config.sinks, config.chunk_size)
+        seen.append(step.draw)
+    assert len(set(seen)) == 4
+
+
+def test_masked_loss_is_the_mean_over_what_counts():
+    model, ids = make_model(), batches(1)[0]
+    with torch.no_grad():
+        with full_attention(model):
+            teacher = model(ids, use_cache=False).logits.log_softmax(-1)
+        rows = (teacher.exp() * (teacher - model(ids, use_cache=False).logits.log_softmax(-1))).sum(-1)
+    mask = response_mask(torch.tensor([10, 4]), torch.tensor([30, 40]), 40)
+    _, steps = run(model, Recipe(steps=1), [Batch(ids, mask)])
+    assert steps[0].kl == pytest.approx(rows[mask].mean().item(), rel=1e-4)
+    assert abs(steps[0].kl - rows.mean().item()) > 1e-3
+    _, late = run(make_model(), Recipe(steps=1, first_position=12), [Batch(ids, mask)])
+    assert late[0].kl == pytest.approx(rows[:, 12:][mask[:, 12:]].mean().item(), rel=1e-4)
+
+
+def test_an_empty_mask_changes_nothing():
+    model, ids = make_model(), batches(1)[0]
+    before = {name: p.detach().clone() for name, p in memory_parameters(model).items()}
+    _, steps = run(model, Recipe(steps=1, lr=1e-2), [Batch(ids, torch.zeros_like(ids, dtype=torch.bool))])
+    assert steps[0].kl == 0.0 and not steps[0].skipped
+    assert all(torch.equal(p, before[name]) for name, p in memory_parameters(model).items())
+
+
+def test_gradient_checkpointing_gives_the_same_losses():
+    data = batches(3)
+    _, plain = run(make_model(), RECIPE, data)
+    model = make_model()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _, checkpointed = run(model, RECIPE, data)
+    assert [s.kl for s in checkpointed] == pytest.approx([s.kl for s in plain], rel=1e-5)
+
+
+def test_clipping_bounds_the_update():
+    moved = {}
+    for clip in (1e-3, 1e9):
+        model = make_model()
+        recipe = Recipe(steps=1, lr=1.0, betas=(0.0, 0.999), grad_clip=clip)
+        engine, steps = run(model, recipe, batches(1))
+        moments = [state["exp_avg"] for state in engine.optimizer.state.values()]
+        moved[clip] = torch.nn.utils.get_total_norm(moments).item(), steps[0].grad_norm
+    assert moved[1e-3][0] == pytest.approx(1e-3, rel=1e-3)
+    assert moved[1e9][0] == pytest.approx(moved[1e9][1], rel=1e-4) and moved[1e9][1] == moved[1e-3][1] > 1e-3
+
+
+def test_the_largest_tensor_of_a_step_is_a_chunk_of_logits():
+    """One chunk of [tokens, vocab] at a time, forward and backward: never [T, vocab], of teacher or student."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    vocab, chunk = 4096, 16
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor) and vocab in x.shape and x.dim() and 32 not in x.shape:  # not the embedding [vocab, 32]
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    from allmem_ops import AllMemConfig
+    from allmem_ops.hf import convert
+
+    model = convert(llama(vocab_size=vocab), AllMemConfig(window=8, sinks=1, chunk_size=8, head_dim=16))
+    engine = Distillation(model, Recipe(steps=1, kl_chunk=chunk))
+    with Largest() as largest:
+        engine.step(batches(1, length=128)[0]).read(0.0)
+    assert largest.numel == chunk * vocab
+
+
+def test_cuda_graph_is_refused_where_it_would_freeze_a_draw():
+    with pytest.raises(ValueError, match="`cuda_graph` must be False where window, sinks or chunk size change"):
+        Distillation(make_model(), RECIPE, cuda_graph=True)
