@@ -36,7 +36,8 @@ def launch(kernel: Any, key: Hashable, device: torch.device, programs: int, args
     if found is None:
         _compiled[full] = kernel[(programs,)](*args, **options), kernel  # the kernel is held, so that its id stays its own
     else:
-        found[0][programs, 1, 1](*args)
+        # For a tensor the driver is asked whose memory it is, which the first launch has shown; its address is taken as it is.
+        found[0][programs, 1, 1](*[x.data_ptr() if isinstance(x, Tensor) else x for x in args])
 
 
 def launch_plain(kernel: Any, device: torch.device, programs: int, args: Sequence[Any], options: Mapping[str, Any]) -> None:

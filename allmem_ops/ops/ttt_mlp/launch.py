@@ -1,7 +1,7 @@
 """Launches of the Triton forward of `ttt_mlp`."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from allmem_ops._config import settings
 from allmem_ops._validation import short
 from allmem_ops.ops.kernels.configs import candidates
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
+from allmem_ops.ops.kernels.launcher import launch
 from allmem_ops.ops.ttt_mlp.configs import CHAIN, READ
 from allmem_ops.ops.ttt_mlp.kernels import chain, persistent
 from allmem_ops.ops.ttt_mlp.kernels import read as read_kernels
@@ -34,31 +35,66 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 1).bit_length()
 
 
+class Kind(NamedTuple):
+    """Compile-time arguments of a kernel by name, and options of its launch."""
+
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
 class Recipe(NamedTuple):
     """What follows from device, widths and dtype alone."""
 
     sms: int
     persistent: bool  # whether the chain may be one launch
-    BD: int
     HS: int
     slices: int
-    chain: dict[str, Any]  # of the programs with a token loop: tile, arithmetic, warps and stages
-    read: dict[str, Any]
+    shape: dict[str, int]
+    chain: Kind  # of the programs with a token loop: tile, arithmetic, warps and stages
+    read: Kind
 
 
 @functools.cache
 def recipe(device: torch.device, d: int, h: int, dtype: torch.dtype) -> Recipe:
     gpu, BD = gpu_class(device), max(power_of_two(d), 16)
-    shape = BD, max(power_of_two(h), 16), short(dtype)
+    shape_class = BD, max(power_of_two(h), 16), short(dtype)
+    shape = {"D": d, "HID": h, "BD": BD}
     # bfloat16 hides the error of the special function unit; the interpreter knows no PTX
     arithmetic = {"PREC": "ieee", "FAST": dtype == torch.bfloat16 and not INTERPRET}
-    chain_options, read_options = (candidates(table, gpu, shape)[0].options() for table in (CHAIN, READ))
-    HS = chain_options.pop("HS")
-    resident = h <= 2 * read_options["BH"] and BD * h <= 64 * 128 and dtype != torch.float32
-    of_read = {"D": d, "HID": h, "BD": BD, "RESIDENT": resident, **read_options, **arithmetic}
+    of_chain, of_read = (candidates(table, gpu, shape_class)[0] for table in (CHAIN, READ))
+    HS = of_chain.constants["HS"]
+    resident = h <= 2 * of_read.constants["BH"] and BD * h <= 64 * 128 and dtype != torch.float32
     # Triton 3.6 does not compile the persistent chain for sm100 (an assertion in its pass NVWSInsertTmemAref)
     may_stay = not INTERPRET and gpu != "sm100"
-    return Recipe(sm_count(device), may_stay, BD, HS, -(-h // HS), chain_options | arithmetic, of_read)
+    return Recipe(
+        sm_count(device), may_stay, HS, -(-h // HS), shape,
+        Kind({"BT": of_chain.constants["BT"], **arithmetic}, of_chain.launch_options()),
+        Kind({**shape, "RESIDENT": resident, **of_read.constants, **arithmetic}, of_read.launch_options()),
+    )  # fmt: skip
+
+
+def run(
+    kernel: Any, of_call: tuple[Hashable, ...], device: torch.device, programs: int, args: Sequence[Any],
+    constants: Mapping[str, Any], options: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """`launcher.launch` of a kernel whose last arguments are its constants, given by name. `of_call`: `traits` of the call."""
+    values = [constants[name] for name in kernel.arg_names[len(args) :]]
+    launch(kernel, (of_call, *values), device, programs, [*args, *values], options)
+
+
+def traits(*inputs: Tensor | int | float | None) -> tuple[Hashable, ...]:
+    """What Triton compiles kernels anew for in the inputs of a call; everything else they get is new, aligned and contiguous.
+
+    Of a tensor its dtype and alignment, and of each stride whether it is 1, divisible by 16, beyond 32 bits.
+    """
+    found: list[Hashable] = []
+    for x in inputs:
+        if isinstance(x, Tensor):
+            found += x.dtype, x.data_ptr() % 16 == 0
+            found += [2 if s == 1 else (s % 16 == 0) + 4 * (s >= 2**31) for s in x.stride()]
+        else:
+            found.append(x >= 2**31 if isinstance(x, int) else x is None)
+    return tuple(found)
 
 
 def splits(programs: int, HS: int, sms: int) -> int:
@@ -69,12 +105,11 @@ def splits(programs: int, HS: int, sms: int) -> int:
     return parts
 
 
-def plan(cu_seqlens: Tensor, count: Tensor | None, spans: Spans, first: Tensor, slots: Tensor) -> None:
+def plan(cu_seqlens: Tensor, count: Tensor | None, spans: Spans, first: Tensor, slots: Tensor, of_call: tuple[Hashable, ...]) -> None:
     """Fill the slot tables of packed sequences."""
-    ttt_mlp_plan_kernel[(spans.sequences,)](
-        cu_seqlens, count, first, slots, spans.sequences, spans.slots, spans.tokens, spans.chunk_size,
-        STATE=spans.carried, KEEP=spans.keep, BN=64 if INTERPRET else 1024, num_warps=4,
-    )  # fmt: skip
+    args = [cu_seqlens, count, first, slots, spans.sequences, spans.slots, spans.tokens, spans.chunk_size]
+    constants = {"STATE": spans.carried, "KEEP": spans.keep, "BN": 64 if INTERPRET else 1024}
+    run(ttt_mlp_plan_kernel, of_call, cu_seqlens.device, spans.sequences, args, constants, {"num_warps": 4})
 
 
 def ttt_mlp_triton_forward(
@@ -103,12 +138,13 @@ def ttt_mlp_triton_forward(
     kept = out
     if not save:
         kept = Outputs(*out[:12], *slot_tensors(weights[0].new_empty, spans, heads, d, h, options.grad_clip is not None, False))
+    of_call = traits(q, k, v, eta, mu, *weights, cu_seqlens, options.chunk_size, options.grad_clip, *(state or ()))
     if spans.packed:
-        plan(cu_seqlens, None if state is None else state.count, spans, kept.first, kept.slots)
+        plan(cu_seqlens, None if state is None else state.count, spans, kept.first, kept.slots, of_call)
     x_read = q.new_empty(spans.slots, heads, 3, d, h)
-    write(k, v, eta, mu, weights, state, cu_seqlens, options, spans, kept, x_read)
+    write(k, v, eta, mu, weights, state, cu_seqlens, options, spans, kept, x_read, of_call)
     if tokens:
-        read(q, out.o, state, cu_seqlens, options, spans, kept, x_read)
+        read(q, state, cu_seqlens, options, spans, kept, x_read, of_call)
     return out
 
 
@@ -124,12 +160,13 @@ def write(
     spans: Spans,
     out: Outputs,
     x_read: Tensor,
+    of_call: tuple[Hashable, ...],
 ) -> None:
     """The chain: fills every slot and, with `keep`, the final state."""
     _, tokens, heads, d = k.shape
     h = weights[0].shape[1]
     chunk_size, norm, _, grad_clip, eps = options
-    sms, may_stay, BD, HS, slices, kind, _ = recipe(k.device, d, h, k.dtype)
+    sms, may_stay, HS, slices, shape, kind, _ = recipe(k.device, d, h, k.dtype)
     X = spans.sequences * heads
     SP = splits(X * slices, HS, sms)
     parts = slices * SP
@@ -140,24 +177,26 @@ def write(
     strides = *k.stride(), *v.stride(), *eta.stride(), *mu.stride()
     span = cu_seqlens, count, out.first
     clipped, empty = grad_clip is not None, out.n.new_empty
+    case = {"STATE": spans.carried, "PACKED": spans.packed, "KEEP": spans.keep}
+    normed = {**shape, "HS": HS, "SP": SP, "NORM": NORM[norm]}
+    saving = {"SAVE_M": out.m is not None, "FAST": kind.constants["FAST"]}
     if may_stay and parts <= sms:
         groups = min(X, sms // parts)
         scratch = empty(X * (((SP if SP > 1 else 0) + 1) * 3 * d * h + parts * (3 * d + 6)))
-        persistent.ttt_mlp_fwd_chain_kernel[(groups * parts,)](
+        counters = torch.zeros(groups * 32, dtype=torch.int32, device=k.device)
+        args = [
             k, v, eta, mu, *span, *weights, *state_w, *state_m, *state_g, mu_held,
             out.x, x_read, out.m, out.size, out.n, out.mu_mean, out.g_size, *out[1:11],
-            torch.zeros(groups * 32, dtype=torch.int32, device=k.device), scratch, X, *sizes, eps, grad_clip, *strides,
-            D=d, HID=h, BD=BD, HS=HS, SP=SP, NORM=NORM[norm], CLIP=clipped, STATE=spans.carried, PACKED=spans.packed, KEEP=spans.keep,
-            SAVE_M=out.m is not None, BM=BM, **kind, launch_cooperative_grid=True,
-        )  # fmt: skip
+            counters, scratch, X, *sizes, eps, grad_clip, *strides,
+        ]  # fmt: skip
+        constants = {**normed, **case, **saving, **kind.constants, "CLIP": clipped, "BM": BM}
+        launch_options = {**kind.options, "launch_cooperative_grid": True}
+        run(persistent.ttt_mlp_fwd_chain_kernel, of_call, k.device, groups * parts, args, constants, launch_options)
         return
     m, slabs = empty(X, 3, d, h), empty(X, SP, 3, d, h)
     sums, n_sums, squares = empty(2, X, parts, d), empty(X, parts, d), empty(X, parts, 3)
     by_part = (X, parts)
-    what = {"D": d, "HID": h, "BD": BD, "HS": HS, "SP": SP}
-    normed = {**what, "NORM": NORM[norm]}
-    case = {"STATE": spans.carried, "PACKED": spans.packed, "KEEP": spans.keep}
-    saving = {"SAVE_M": out.m is not None, "FAST": kind["FAST"]}
+    what = {**shape, "HS": HS, "SP": SP}
     chain.ttt_mlp_fwd_init_kernel[by_part](
         mu, *span, *weights, *state_w, *state_m, mu_held, out.x, x_read, m, out.m, out.size, out.n, out.mu_mean, out.mu_sum, sums, n_sums,
         *sizes, eps, *mu.stride(), **normed, **case, **saving, BM=BM,
@@ -165,7 +204,7 @@ def write(
     for i_c in range(spans.steps if spans.keep else spans.steps - 1):
         chain.ttt_mlp_fwd_write_kernel[X, slices, SP](
             k, v, eta, *span, *weights, out.x, out.size, sums[i_c % 2], n_sums, slabs, i_c, *sizes, eps, *strides[:12],
-            **normed, **case, **kind,
+            **normed, **case, **kind.constants, **kind.options,
         )  # fmt: skip
         if clipped:
             chain.ttt_mlp_fwd_clip_kernel[by_part](*span, *state_g, slabs, squares, i_c, *sizes, **what, **case)
@@ -174,22 +213,30 @@ def write(
             squares, out.mu_mean, out.g_size, *out[7:10], i_c, *sizes, eps, grad_clip, **normed, **case, **saving, CLIP=clipped,
         )  # fmt: skip
     chain.ttt_mlp_fwd_finish_kernel[by_part](
-        *span, *weights, out.x, m, out.size, out.n, sums, n_sums, *out[1:7], *sizes, eps, **normed, **case, FAST=kind["FAST"]
+        *span, *weights, out.x, m, out.size, out.n, sums, n_sums, *out[1:7], *sizes, eps, **normed, **case, FAST=kind.constants["FAST"]
     )
 
 
 def read(
-    q: Tensor, o: Tensor, state: State | None, cu_seqlens: Tensor | None, options: Options, spans: Spans, out: Outputs, x_read: Tensor
+    q: Tensor,
+    state: State | None,
+    cu_seqlens: Tensor | None,
+    options: Options,
+    spans: Spans,
+    out: Outputs,
+    x_read: Tensor,
+    of_call: tuple[Hashable, ...],
 ) -> None:
     """All reads, once every slot is filled."""
     _, tokens, heads, d = q.shape
     sms, *_, kind = recipe(q.device, d, x_read.shape[-1], q.dtype)
     # Programs for a slot and head: as many as a chunk of the average length has tiles, fewer where that fills the GPU several times.
     slots = spans.slots
-    tiles = -(-spans.batch * tokens // (slots * kind["BT"]))
+    tiles = -(-spans.batch * tokens // (slots * kind.constants["BT"]))
     programs = max(min(tiles, WAVES * sms // (slots * heads)), 1)
-    read_kernels.ttt_mlp_fwd_read_kernel[(slots * heads * programs,)](
-        q, o, cu_seqlens, None if state is None else state.count, out.slots, x_read, out.size, out.n,
-        tokens, options.chunk_size, heads, slots if spans.packed else spans.steps, programs, options.eps, *q.stride(), *o.stride(),
-        NORM=NORM[options.norm], STATE=spans.carried, PACKED=spans.packed, RESIDUAL=options.residual, **kind,
-    )  # fmt: skip
+    args = [
+        q, out.o, cu_seqlens, None if state is None else state.count, out.slots, x_read, out.size, out.n,
+        tokens, options.chunk_size, heads, slots if spans.packed else spans.steps, programs, options.eps, *q.stride(), *out.o.stride(),
+    ]  # fmt: skip
+    case = {"NORM": NORM[options.norm], "STATE": spans.carried, "PACKED": spans.packed, "RESIDUAL": options.residual}
+    run(read_kernels.ttt_mlp_fwd_read_kernel, of_call, q.device, slots * heads * programs, args, {**kind.constants, **case}, kind.options)

@@ -23,7 +23,7 @@ from allmem_ops.ops.kernels.device import gpu_class, interpreted, sm_count
 from allmem_ops.ops.ttt_mlp import configs_bwd
 from allmem_ops.ops.ttt_mlp.kernels import bwd_chain, bwd_last, bwd_persistent, bwd_read
 from allmem_ops.ops.ttt_mlp.kernels.bwd_regions import GROUPS, scratch_size
-from allmem_ops.ops.ttt_mlp.launch import NORM, power_of_two
+from allmem_ops.ops.ttt_mlp.launch import NORM, Kind, power_of_two, run, traits
 from allmem_ops.ops.ttt_mlp.reference import Options
 from allmem_ops.ops.ttt_mlp.slots import Outputs, State
 from allmem_ops.ops.ttt_mlp.slots import spans as spans_of
@@ -44,15 +44,15 @@ class Gradients(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What launches of one width and dtype have in common: arguments by name, and sizes that grids are made of."""
+    """What launches of one width and dtype have in common."""
 
     wide: torch.dtype  # of operands: float16 lacks the range for gradients
-    pack: dict[str, Any]
-    dread: dict[str, Any]
-    dq: dict[str, Any]
-    chain: dict[str, Any]
-    carry: dict[str, Any]  # what the chain's kernels without a token loop take of it
-    last: dict[str, Any]
+    pack: Kind
+    dread: Kind
+    dq: Kind
+    chain: Kind
+    carry: Kind  # what the chain's kernels without a token loop take of it
+    last: Kind
     room: int  # programs of the persistent chain that are resident at a time
 
 
@@ -62,19 +62,20 @@ def recipe(gpu: str, sms: int, interpret: bool, d: int, h: int, dtype: torch.dty
     shape = {"D": d, "HID": h, "BD": shape_class[0]}
     math = {"PREC": "tf32" if dtype == torch.float16 else "ieee", "FAST": dtype != torch.float32 and not interpret}
 
-    def of(table: configs_bwd.Table, **more: Any) -> dict[str, Any]:
-        return shape | candidates(table, gpu, shape_class)[0].options() | more
+    def of(table: configs_bwd.Table, **more: Any) -> Kind:
+        config = candidates(table, gpu, shape_class)[0]
+        return Kind({**shape, **config.constants, **math, **more}, config.launch_options())
 
-    chain = of(configs_bwd.CHAIN, **math)
-    room = chain.pop("RESIDENT") * sms
+    chain = of(configs_bwd.CHAIN)
+    room = chain.constants.pop("RESIDENT") * sms
     return Recipe(
         wide=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
-        pack=shape | {"BH": min(32, shape_class[1]), "num_warps": 4},
-        dread=of(configs_bwd.DREAD, **math),
-        dq=of(configs_bwd.DQ, **math),
+        pack=Kind({**shape, "BH": min(32, shape_class[1])}, {"num_warps": 4}),
+        dread=of(configs_bwd.DREAD),
+        dq=of(configs_bwd.DQ),
         chain=chain,
-        carry={name: chain[name] for name in (*shape, "BH", "num_warps")},
-        last=of(configs_bwd.LAST, **math) | {"BR": min(shape_class[0], 32), "BC": 16, "BS": chain["BH"]},
+        carry=Kind({name: chain.constants[name] for name in (*shape, "BH")}, {"num_warps": chain.options["num_warps"]}),
+        last=of(configs_bwd.LAST, BR=min(shape_class[0], 32), BC=16, BS=chain.constants["BH"]),
         room=room,
     )
 
@@ -137,12 +138,12 @@ def ttt_mlp_triton_backward(
             x.zero_()
         return out
 
-    # Fixed for the call: sizes, spans, and the three buffers that everything else lies in.
+    # Fixed for the call: sizes, spans, and the two buffers that everything else lies in.
     device = q.device
     interpret = interpreted(device)
     r = recipe(gpu_class(device), sm_count(device), interpret, d, h, q.dtype)
     R, X = spans.slots * H, N * H
-    BH = r.chain["BH"]
+    BH = r.chain.constants["BH"]
     slices = -(-h // BH)
     SP = splits(X * slices, r.room)
     parts = slices * SP
@@ -151,64 +152,96 @@ def ttt_mlp_triton_backward(
     count, m_state = (None, (None, None, None)) if state is None else (state.count, [x.contiguous() for x in state[3:6]])
     steps = spans.slots if spans.packed else spans.steps
     span, sizes = (cu_seqlens, count), (tokens, chunk_size, H, steps)
-    x, size, n, slots, first = saved.x, saved.size, saved.n, saved.slots, saved.first
-    momentum = x, saved.m, size, n, *m_state
+    x, size, n = saved.x, saved.size, saved.n
+    # the operator returns tensors without elements for what is not there
+    slots, first = (saved.slots, saved.first) if spans.packed else (None, None)
+    END, CLIP, SAVE_M = any(g is not None for g in d_end), grad_clip is not None, saved.m is not None and saved.m.numel() > 0
+    momentum = x, saved.m if SAVE_M else None, size, n, *m_state
+    g_size = saved.g_size if CLIP else None
     case = {"STATE": spans.carried, "PACKED": spans.packed}
-    END, CLIP, SAVE_M = any(x is not None for x in d_end), grad_clip is not None, saved.m is not None and saved.m.numel() > 0
     if END:
         _set_ends(scratch, d_end, R, N, H, d, h)
+    others = cu_seqlens, count, chunk_size, grad_clip, saved.mu_mean, g_size, slots, first
+    of_call = traits(do, q, k, v, eta, mu, *weights, *momentum, *others)
 
     # the reads
     same = norm != "pre_write"
     q_strides, o_strides = q.stride(), do.stride()
-    bwd_read.ttt_mlp_bwd_pack_kernel[R, -(-h // r.pack["BH"])](
-        x, size, n, slots, operands, scratch, R, H, steps, eps, **r.pack, NORM=NORM[norm], PACKED=spans.packed
-    )
-    bwd_read.ttt_mlp_bwd_dread_kernel[-(-h // r.dread["BH"]), R](
-        q, do, *span, slots, operands, scratch, R, X, *sizes, *q_strides, *o_strides, **r.dread, **case, SAME=same
-    )
+    columns = -(-h // r.pack.constants["BH"])
+    run(
+        bwd_read.ttt_mlp_bwd_pack_kernel, of_call, device, R * columns, [x, size, n, slots, operands, scratch, R, H, steps, eps],
+        {**r.pack.constants, "NORM": NORM[norm], "PACKED": spans.packed}, r.pack.options,
+    )  # fmt: skip
+    columns = -(-h // r.dread.constants["BH"])
+    run(
+        bwd_read.ttt_mlp_bwd_dread_kernel, of_call, device, columns * R,
+        [q, do, *span, slots, operands, scratch, R, X, *sizes, *q_strides, *o_strides],
+        {**r.dread.constants, **case, "SAME": same}, r.dread.options,
+    )  # fmt: skip
     tiles = _tiles(chunk_size, tokens, r.dq)
-    bwd_read.ttt_mlp_bwd_dq_kernel[(R * tiles,)](
-        q, do, out.q, *span, slots, operands, R, *sizes, tiles, *q_strides, *o_strides, **r.dq, **case, SAME=same, RESIDUAL=residual
-    )
+    run(
+        bwd_read.ttt_mlp_bwd_dq_kernel, of_call, device, R * tiles,
+        [q, do, out.q, *span, slots, operands, R, *sizes, tiles, *q_strides, *o_strides],
+        {**r.dq.constants, **case, "SAME": same, "RESIDUAL": residual}, r.dq.options,
+    )  # fmt: skip
 
     # the reverse chain
     strides = *k.stride(), *v.stride(), *eta.stride()
-    case |= {"KEEP": keep, "NORM": NORM[norm]}
-    what = {"SP": SP, "END": END}
+    case |= {"KEEP": keep, "NORM": NORM[norm], "SP": SP, "END": END, "CLIP": CLIP, "SAVE_M": SAVE_M}
     if persistent if persistent is not None else not interpret and parts <= r.room:
         groups = min(X, r.room // parts, GROUPS.value)
-        bwd_persistent.ttt_mlp_bwd_chain_kernel[(groups * parts,)](
-            k, v, eta, *span, first, *momentum, saved.mu_mean, saved.g_size, operands, scratch, R, X, *sizes, eps, grad_clip, *strides,
-            **r.chain, **case, **what, CLIP=CLIP, SAVE_M=SAVE_M, launch_cooperative_grid=True,
+        run(
+            bwd_persistent.ttt_mlp_bwd_chain_kernel, of_call, device, groups * parts,
+            [
+                k, v, eta, *span, first, *momentum, saved.mu_mean, g_size, operands, scratch,
+                R, X, *sizes, eps, grad_clip, *strides,
+            ],
+            {**r.chain.constants, **case}, {**r.chain.options, "launch_cooperative_grid": True},
         )  # fmt: skip
     else:
-        grid = X, slices, SP
-        for i_step in range(spans.steps):
-            at = R, X, tokens, chunk_size, i_step, H, steps
-            bwd_chain.ttt_mlp_bwd_slab_kernel[grid](k, v, eta, *span, first, x, operands, scratch, *at, *strides, **r.chain, **case, **what)
-            bwd_chain.ttt_mlp_bwd_carry_kernel[grid](
-                *span, first, *momentum, saved.mu_mean, operands, scratch, *at, eps, **r.carry, **case, **what, CLIP=CLIP, SAVE_M=SAVE_M
-            )
-            if CLIP:
-                bwd_chain.ttt_mlp_bwd_clip_kernel[grid](
-                    *span, first, *momentum, saved.mu_mean, saved.g_size, operands, scratch, *at, eps, grad_clip,
-                    **r.carry, **case, SP=SP, SAVE_M=SAVE_M,
-                )  # fmt: skip
+        _chain_by_steps(
+            r, case, (X, slices, SP), spans.steps, (k, v, eta), span, first, momentum, saved, operands, scratch, R, sizes, eps, grad_clip,
+            strides,
+        )  # fmt: skip
 
     # what follows from it
     tiles = _tiles(chunk_size, tokens, r.last)
-    ends = H * -(-d // r.last["BR"]) * -(-h // r.last["BC"])
-    bwd_last.ttt_mlp_bwd_last_kernel[(R + ends + R * tiles,)](
-        k, v, eta, *out[1:5], *span, slots, *momentum, *weights, *out[5:8], *(of_state or (None,) * 6), operands, scratch,
-        R, N, *sizes, tiles, eps, *strides, **r.last, **case, PARTS=parts, CLIP=CLIP, SAVE_M=SAVE_M,
+    ends = H * -(-d // r.last.constants["BR"]) * -(-h // r.last.constants["BC"])
+    run(
+        bwd_last.ttt_mlp_bwd_last_kernel, of_call, device, R + ends + R * tiles,
+        [
+            k, v, eta, *out[1:5], *span, slots, *momentum, *weights, *out[5:8], *(of_state or (None,) * 6), operands, scratch,
+            R, N, *sizes, tiles, eps, *strides,
+        ],
+        {**r.last.constants, **case, "PARTS": parts}, r.last.options,
     )  # fmt: skip
     return out
 
 
-def _tiles(chunk_size: int, tokens: int, config: dict[str, Any]) -> int:
+def _chain_by_steps(
+    r: Recipe, case: dict[str, Any], grid: tuple[int, int, int], most: int, tensors: Sequence[Tensor], span: Sequence[Tensor | None],
+    first: Tensor | None, momentum: Sequence[Tensor | None], saved: Outputs, operands: Tensor, scratch: Tensor, R: int,
+    sizes: Sequence[int], eps: float, grad_clip: float | None, strides: Sequence[int],
+) -> None:  # fmt: skip
+    """The reverse chain as two launches a step, three with a clip."""
+    X, (tokens, chunk_size, H, steps) = grid[0], sizes
+
+    def named(kernel: Any, kind: Kind) -> dict[str, Any]:
+        return {n: x for n, x in {**kind.constants, **case}.items() if n in kernel.arg_names} | kind.options
+
+    slab, carry, clip = bwd_chain.ttt_mlp_bwd_slab_kernel, bwd_chain.ttt_mlp_bwd_carry_kernel, bwd_chain.ttt_mlp_bwd_clip_kernel
+    of_slab, of_carry, of_clip = named(slab, r.chain), named(carry, r.carry), named(clip, r.carry)
+    for i_step in range(most):
+        at = R, X, tokens, chunk_size, i_step, H, steps
+        slab[grid](*tensors, *span, first, momentum[0], operands, scratch, *at, *strides, **of_slab)
+        carry[grid](*span, first, *momentum, saved.mu_mean, operands, scratch, *at, eps, **of_carry)
+        if case["CLIP"]:
+            clip[grid](*span, first, *momentum, saved.mu_mean, saved.g_size, operands, scratch, *at, eps, grad_clip, **of_clip)
+
+
+def _tiles(chunk_size: int, tokens: int, kind: Kind) -> int:
     """Tiles of a chunk."""
-    return max(-(-min(chunk_size, tokens) // config["BT"]), 1)
+    return max(-(-min(chunk_size, tokens) // kind.constants["BT"]), 1)
 
 
 def _set_ends(scratch: Tensor, d_end: Sequence[Tensor | None], R: int, N: int, H: int, d: int, h: int) -> None:

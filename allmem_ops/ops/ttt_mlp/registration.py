@@ -507,20 +507,25 @@ def _flops_triton_bwd(_do: Tensor, *rest: Any, **_: Any) -> int:
 
 
 class _Direct(torch.autograd.Function):
-    """`ttt_mlp_triton` without the dispatcher. Returns o and, with `keep`, the final state and N."""
+    """`ttt_mlp_triton` without the dispatcher. Returns o and, with `keep`, the final state and N.
+
+    inputs: q, k, v, eta, mu, the weights, cu_seqlens, options, keep and, if there is one, the eleven tensors of the initial state.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         from allmem_ops.ops.ttt_mlp.launch import ttt_mlp_triton_forward
 
-        state = None if inputs[18] is None else State(*inputs[8:19])
-        cu_seqlens, options, keep = inputs[19:]
+        (cu_seqlens, options, keep), given = inputs[8:11], inputs[11:]
+        state = State(*given) if given else None
         out = ttt_mlp_triton_forward(*inputs[:5], inputs[5:8], state, cu_seqlens, options, keep, True)
         ctx.set_materialize_grads(False)
-        if keep:
-            ctx.mark_non_differentiable(*out[7:12])
-        ctx.save_for_backward(*inputs[:8], *inputs[11:14], inputs[18], cu_seqlens, *out[11:])
-        ctx.options = options, keep
+        learnt = (state.m_gate, state.m_up, state.m_down, state.count) if given else (None,) * 4
+        ctx.save_for_backward(*inputs[:8], *learnt, cu_seqlens, *out[11:])
+        ctx.options = options, keep, len(inputs)
+        if not keep:
+            return out.o
+        ctx.mark_non_differentiable(*out[7:12])
         return out[:12]
 
     @staticmethod
@@ -532,10 +537,12 @@ class _Direct(torch.autograd.Function):
         q, *state_m, count, cu_seqlens = saved[0], *saved[8:13]
         do = torch.zeros_like(q) if do is None else do
         state = None if count is None else State(None, None, None, *state_m, None, None, None, None, count)
-        options, keep = ctx.options
-        kept = Outputs(*[None] * 11, *(saved[13].new_empty(0) if x is None else x for x in saved[13:]))
-        found = ttt_mlp_triton_backward(do, ends[:6], *saved[:5], saved[5:8], state, cu_seqlens, kept, options, keep)
-        return (*found[:8], *(found.state or [None] * 6), *[None] * 8)
+        options, keep, inputs = ctx.options
+        kept = Outputs(*[None] * 11, *saved[13:])
+        d_end = ends[:6] or (None,) * 6
+        found = ttt_mlp_triton_backward(do, d_end, *saved[:5], saved[5:8], state, cu_seqlens, kept, options, keep)
+        of_inputs = *found[:8], None, None, None, *(found.state or ())
+        return *of_inputs, *[None] * (inputs - len(of_inputs))
 
 
 def run_triton(
@@ -546,9 +553,10 @@ def run_triton(
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, eta, mu, *weights, *state[:6]))
     if not direct(q, k, v, eta, mu, *weights):
         return Outputs(*ttt_mlp_triton(q, k, v, eta, mu, *weights, *state, cu_seqlens, *options, keep, save))
+    held = None if state[-1] is None else State(*state)
     if save:
-        return Outputs(*_Direct.apply(q, k, v, eta, mu, *weights, *state, cu_seqlens, options, keep), *[None] * 7)
+        found = _Direct.apply(q, k, v, eta, mu, *weights, cu_seqlens, options, keep, *(held or ()))
+        return Outputs(*(found if keep else (found, *[None] * 11)), *[None] * 7)
     from allmem_ops.ops.ttt_mlp.launch import ttt_mlp_triton_forward
 
-    held = None if state[-1] is None else State(*state)
     return ttt_mlp_triton_forward(q, k, v, eta, mu, weights, held, cu_seqlens, options, keep, False)

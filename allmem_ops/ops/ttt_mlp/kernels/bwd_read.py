@@ -42,8 +42,9 @@ def ttt_mlp_bwd_pack_kernel(
     x, size, n, slots, operands, scratch, R, H, steps, eps,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Operands from X: what queries read and, gate and up alone, each chunk's write point. Grid (R, slices). Sets the chain's counters."""
-    i_r, i_k = tl.program_id(0), tl.program_id(1) * BH
+    """Operands from X: what queries read and, gate and up alone, the chunk's write point. Sets the chain's counters. Grid (R * slices,)."""
+    SLICES: tl.constexpr = (HID + BH - 1) // BH
+    i_r, i_k = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES * BH
     if i_r + i_k == 0:
         tl.store(tl.cast(scratch, tl.pointer_type(tl.int32)) + 32 * tl.arange(0, GROUPS), tl.zeros([GROUPS], dtype=tl.int32))
     i_n, i_c = slot_owner(slots, i_r // H, steps, PACKED)
@@ -112,11 +113,12 @@ def ttt_mlp_bwd_dread_kernel(
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, AHEAD: tl.constexpr, SAME: tl.constexpr,
     STATE: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The gradient [d, h] of what a slot's queries read, summed over its tokens. Grid (slices, R).
+    """The gradient [d, h] of what a slot's queries read, summed over its tokens. Grid (R * slices,).
 
     The slices of a slot are neighbours: its tokens come from memory once. AHEAD: see `second_order`.
     """
-    i_k, i_r = tl.program_id(0) * BH, tl.program_id(1)
+    SLICES: tl.constexpr = (HID + BH - 1) // BH
+    i_k, i_r = tl.program_id(0) % SLICES * BH, tl.program_id(0) // SLICES
     i_n, i_c = slot_owner(slots, i_r // H, steps, PACKED)
     if i_n < 0:
         return
