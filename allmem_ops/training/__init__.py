@@ -12,6 +12,7 @@ from allmem_ops.training.recipe import Draw, Recipe
 from allmem_ops.training.schedule import wsd_factor
 
 if TYPE_CHECKING:
+    from allmem_ops.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
     from allmem_ops.training.distill import FineTuneResult, fine_tune
     from allmem_ops.training.engine import Distillation, Step, final_hidden
     from allmem_ops.training.rows import TokenRows
@@ -23,6 +24,9 @@ _HOME = {
     "TokenRows": "rows",
     "final_hidden": "engine",
     "fine_tune": "distill",
+    "latest_checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
 }
 
 __all__ = [
@@ -37,7 +41,10 @@ __all__ = [
     "final_hidden",
     "fine_tune",
     "forward_kl",
+    "latest_checkpoint",
+    "load_checkpoint",
     "response_mask",
+    "save_checkpoint",
     "token_losses",
     "wsd_factor",
 ]

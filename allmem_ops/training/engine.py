@@ -99,7 +99,7 @@ class Distillation:
             and a recipe that draws nothing.
 
     Attributes:
-        index: the next step; set by `load_state`.
+        index: the next step; set by `load_optimizer_state`.
         module: what runs the passes, wrapped by the accelerator.
         optimizer, parameters: AdamW, and what it trains.
 
@@ -109,6 +109,8 @@ class Distillation:
 
     def __init__(self, model: Any, recipe: Recipe, *, accelerator: Any = None, cuda_graph: bool = False) -> None:
         self.model, self.recipe, self.accelerator, self.index = model, recipe, accelerator, 0
+        config = reconfigure(model)
+        self._own = Draw(config.window, config.sinks, config.chunk_size)
         groups = trainable_parameters(model, lr=recipe.lr)
         _check_only_memory_trains(model, [p for group in groups for p in group["params"]])
         if cuda_graph and (recipe.draws or accelerator is not None):
@@ -190,40 +192,40 @@ class Distillation:
             self.optimizer.zero_grad()
         return norm
 
-    def state(self) -> dict[str, Tensor]:
-        """What goes on in a later run, by name: the memory, and AdamW's moments and step counts. Not sharded: see `sharded`."""
+    def reset_draw(self) -> None:
+        """Give the model back the window, sinks and chunk size that it had before the first step."""
+        reconfigure(self.model, **self._own._asdict())
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """AdamW's moments and step counts by name; empty before the first step. Not of a sharded run: accelerate saves that."""
         if self.sharded:
             raise RuntimeError("the state of a sharded run is saved by accelerate's own save_state")
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        tensors: dict[str, Tensor] = {}
-        for name, p in memory_parameters(self.model).items():
-            tensors[f"memory/{name}"] = p.detach()
-            for key, value in inner.state.get(p, {}).items():
-                tensors[f"{key}/{name}"] = value
-        return tensors
+        states = getattr(self.optimizer, "optimizer", self.optimizer).state
+        return {f"{key}/{name}": x for name, p in memory_parameters(self.model).items() for key, x in states.get(p, {}).items()}
 
-    @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor], index: int) -> None:
-        """Go on at step `index` from the `state` of another run of the same model and recipe.
-
-        Raises:
-            ValueError: tensors that do not fit; nothing is changed then.
+    def check_optimizer_state(self, tensors: dict[str, Tensor], index: int) -> None:
+        """Raises:
+        ValueError: `tensors` are not the `optimizer_state` of this model before step `index`.
         """
+        keys = ("exp_avg", "exp_avg_sq", "step") if index else ()
         parameters = memory_parameters(self.model)
-        keys = ("memory",) if index == 0 else ("memory", "exp_avg", "exp_avg_sq", "step")
         expected = {f"{key}/{name}": () if key == "step" else tuple(p.shape) for name, p in parameters.items() for key in keys}
         found = {name: tuple(t.shape) for name, t in tensors.items()}
         if found != expected:
             wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-            fail(
-                "tensors",
-                f"must be the {len(expected)} of this model's memory and optimizer",
-                f"{len(wrong)} that differ, the first {wrong[0]}",
-            )
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        for name, p in parameters.items():
-            p.copy_(tensors[f"memory/{name}"])
-            inner.state[p] = {key: tensors[f"{key}/{name}"].to(p.device, torch.float32, copy=True) for key in keys[1:]}
+            fail("tensors", f"must be the {len(expected)} of this model's optimizer", f"{len(wrong)} that differ, the first {wrong[0]}")
+
+    def load_optimizer_state(self, tensors: dict[str, Tensor], index: int) -> None:
+        """Go on at step `index` with the `optimizer_state` of another run; the memory is `load_memory`'s business.
+
+        Raises:
+            ValueError: tensors that do not fit; nothing is changed then.
+        """
+        self.check_optimizer_state(tensors, index)
+        states = getattr(self.optimizer, "optimizer", self.optimizer).state
+        for name, p in memory_parameters(self.model).items():
+            own = {key: tensors.get(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")} if index else {}
+            states[p] = {key: x.to(p.device, torch.float32, copy=True) for key, x in own.items()}
         self.index = index
 
     @property
