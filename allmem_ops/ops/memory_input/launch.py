@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from allmem_ops.ops.kernels.configs import Config, Table, choose
-from allmem_ops.ops.kernels.device import gpu_class, sm_count
+from allmem_ops.ops.kernels.device import gpu_class, interpreted, sm_count
 from allmem_ops.ops.kernels.launcher import launch_plain
 from allmem_ops.ops.memory_input.chunk import token_places
 from allmem_ops.ops.memory_input.kernels.bwd import memory_input_bwd_kernel
@@ -139,8 +139,9 @@ def _forward(
             norm_eps,
             l2_eps,
         ]
-        args += [s_b, s_t, s_c, unit, heads, W, taps, update, silu, l2, plan.BR, plan.BW, config.constants["AHEAD"]]
-        launch_plain(memory_input_fwd_kernel, device, plan.programs, args, {"num_warps": plan.warps})
+        args += [s_b, s_t, s_c, unit, heads, W, taps, update, silu, l2, plan.BR, plan.BW, not interpreted(device)]
+        args += [config.constants["AHEAD"]]
+        launch_plain(memory_input_fwd_kernel, device, plan.programs, args, config.launch_options() | {"num_warps": plan.warps})
 
     run(choose("memory_input_fwd", _FWD, gpu_class(device), "rows", None if update else run))
     logits = projected[..., channels:]
@@ -241,8 +242,8 @@ def launch_backward(
         args = [dq, dk, dv, projected, conv_weight, q_norm, k_norm, dprojected, tail, sequence, position, tap_sums, norm_sums]
         args += [T, plan.span, plan.spans, norm_eps, l2_eps, s_b, s_t, s_c]
         args += [*dq.stride(), *dk.stride(), *dv.stride(), s_dx_b, s_dx_t, unit, heads, W, taps, silu, l2, plan.BR, plan.BW]
-        args.append(config.constants["AHEAD"])
-        launch_plain(memory_input_bwd_kernel, device, plan.programs, args, {"num_warps": plan.warps})
+        args += [not interpreted(device), config.constants["AHEAD"]]
+        launch_plain(memory_input_bwd_kernel, device, plan.programs, args, config.launch_options() | {"num_warps": plan.warps})
         widths = taps * channels, columns, 0 if norm_sums is None else 2 * plan.BW
         args = [tap_sums, norm_sums, bias_sums, dtaps, dq_norm, dk_norm, dbias, parts, parts * plan.blocks, bias_rows]
         args += [channels, W, columns, taps, plan.BW, _SUM_ROWS, _SUM_COLUMNS]

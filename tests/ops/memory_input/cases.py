@@ -61,18 +61,21 @@ class Case:
         tail = torch.randn(rows, self.taps - 1, self.channels, generator=generator, dtype=torch.float64)
         return ConvTail(tail.to(device, dtype))
 
-    def options(self, device="cpu") -> dict:
-        offsets = None if self.lengths is None else torch.tensor([0, *self.lengths], device=device).cumsum(0)
+    def offsets(self, device="cpu") -> torch.Tensor | None:
+        return None if self.lengths is None else torch.tensor([0, *self.lengths], device=device).cumsum(0)
+
+    def options(self) -> dict:
         return {
             "heads": self.heads,
             "l2": self.l2,
             "qk_activation": "silu" if self.silu else "none",
             "l2_eps": self.l2_eps,
-            "cu_seqlens": offsets,
         }
 
     def call(self, x: dict, impl: str, state: ConvTail | None = None, **changes):
-        options = self.options(x["projected"].device) | changes
+        options = self.options() | changes
+        if "cu_seqlens" not in options:
+            options["cu_seqlens"] = self.offsets(x["projected"].device)
         rest = {name: x[name] for name in ("q_norm", "k_norm")}
         return memory_input(x["projected"], x["conv_weight"], x["head_bias"], **rest, initial_state=state, impl=impl, **options)
 

@@ -188,9 +188,14 @@ def test_strided_inputs_are_read_in_place():
 def test_runs_are_bitwise_equal_and_rows_do_not_depend_on_their_neighbours():
     x = case(3, 6)
     state = state_of(x, 4, [1, 3, 0])
-    found = [run(x, state.clone(), [1, 5], None, "triton") for _ in range(2)]
+
+    def after(x, state):
+        # What the kernels leave, the tail as it is: folding it here is a batched product of torch, whose rounding varies with the batch.
+        return {"o": run(x, state, [1, 5], None, "triton")["o"]} | state.tensors()
+
+    found = [after(x, state.clone()) for _ in range(2)]
     row = {name: t[1:2] if name in TOKENS else t for name, t in x.items()}
-    alone = run(row, state.index_select([1]), [1, 5], None, "triton")
+    alone = after(row, state.index_select([1]))
     for name, t in found[0].items():
         assert torch.equal(t, found[1][name]) and torch.equal(t[1:2], alone[name]), name
 

@@ -11,6 +11,7 @@ from allmem_ops.ops.memory_input.kernels.walk import (
     load_taps,
     norm_factors,
     program_place,
+    sigmoid,
     times,
     token_place,
     within,
@@ -39,8 +40,7 @@ def _token(
     b_w2,
     b_w3,
     b_norm,
-    p_dx,
-    s_dx_t,
+    p_done,
     p_tail,
     p_sequence,
     p_position,
@@ -56,10 +56,12 @@ def _token(
     SILU: tl.constexpr,
     RMS: tl.constexpr,
     L2: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """One token: its convolution again, what it adds to the gradients of itself and of the TAPS - 1 inputs before it, and to the sums.
 
-    b_dx1..3 are the gradients so far of the inputs one, two and three before it; the oldest is complete with this token and stored.
+    b_dx1..3 are the gradients so far of the inputs one, two and three before it; the oldest is complete with this token and
+    stored at p_done.
     """
     position = i_t
     if p_position is not None:
@@ -70,7 +72,7 @@ def _token(
     b_c = convolved(b_x, b_x1, b_x2, b_x3, b_w, b_w1, b_w2, b_w3, TAPS)
     b_y = b_c
     if SILU:
-        b_s = tl.sigmoid(b_c)
+        b_s = sigmoid(b_c, FAST)
         b_y = b_c * b_s
     own = i_t < end
     if RMS or L2:
@@ -79,16 +81,18 @@ def _token(
         if RMS:
             b_z = b_y * b_norm
         b_r, b_l = norm_factors(b_y, b_z, rms_eps, l2_eps, W, RMS, L2)
-        b_dot = tl.sum(b_dy * b_z, 1)[:, None] * (b_r * b_l)  # <do, o>
-        b_dz = b_dy
+        b_rl = b_r * b_l
+        b_dot = tl.sum(b_dy * b_z, 1)[:, None] * b_rl  # <do, o>
         if L2:
-            b_dz = b_l * (b_dy - b_z * (b_r * b_l * b_dot))
+            b_dy -= b_z * (b_rl * b_dot)
             # <dz, z r>: <do, o> less its part along o, which leaves l2_eps's share of it, here without the cancellation
             b_dot *= l2_eps * b_l * b_l
-        b_dy = b_dz
+        # now dz is b_dy b_l
         if RMS:
-            b_dnorm += tl.where(own, b_dz * b_y * b_r, 0.0)
-            b_dy = b_r * (b_dz * b_norm - b_y * (b_r * b_dot / W))
+            b_dnorm += b_dy * b_y * tl.where(own, b_rl, 0.0)
+            b_dy = b_dy * b_norm * b_rl - b_y * (b_r * b_r * b_dot / W)
+        else:
+            b_dy *= b_l
     b_dc = b_dy
     if SILU:
         b_dc = b_dy * (b_s + b_y * (1 - b_s))
@@ -121,7 +125,7 @@ def _token(
         b_dx3 = b_now
     i_done = i_t - (TAPS - 1)
     m_done = below(below(m_x, first - 1, i_done), i_done, end)
-    tl.store(p_dx + tl.cast(i_done, tl.int64) * s_dx_t, b_oldest.to(p_dx.dtype.element_ty), mask=m_done)
+    tl.store(p_done, b_oldest.to(p_done.dtype.element_ty), mask=m_done)
     return b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm
 
 
@@ -154,8 +158,10 @@ def _walk(
     SILU: tl.constexpr,
     RMS: tl.constexpr,
     L2: tl.constexpr,
+    FAST: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
+    """p_x, p_do, p_dx: at token 0 of the row."""
     C: tl.constexpr = 3 * H * W
     BW: tl.constexpr = m_x.shape[1]
     b_w, b_w1, b_w2, b_w3 = load_taps(p_taps, o_c, m_x, TAPS)
@@ -171,11 +177,16 @@ def _walk(
     b_dx1, b_dx2, b_dx3 = b_zero, b_zero, b_zero
     b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = b_zero, b_zero, b_zero, b_zero, b_zero
     # TAPS - 1 tokens past the span add to the gradients of its last inputs.
+    p_x += tl.cast(first, tl.int64) * s_t
+    p_do += tl.cast(first, tl.int64) * s_do_t
+    p_dx += tl.cast(first - (TAPS - 1), tl.int64) * s_dx_t
     if AHEAD:
         b_next, b_next1, b_next2, b_next3 = load_step(p_x, s_t, first, T, m_x)
         b_dnext, b_dnext1, b_dnext2, b_dnext3 = load_step(p_do, s_do_t, first, T, m_x)
     for i_t in tl.range(first, end + (TAPS - 1), 4):
         if AHEAD:
+            p_x += 4 * s_t
+            p_do += 4 * s_do_t
             b_a, b_b, b_c, b_d = b_next, b_next1, b_next2, b_next3
             b_da, b_db, b_dc, b_dd = b_dnext, b_dnext1, b_dnext2, b_dnext3
             b_next, b_next1, b_next2, b_next3 = load_step(p_x, s_t, i_t + 4, T, m_x)
@@ -183,23 +194,26 @@ def _walk(
         else:
             b_a, b_b, b_c, b_d = load_step(p_x, s_t, i_t, T, m_x)
             b_da, b_db, b_dc, b_dd = load_step(p_do, s_do_t, i_t, T, m_x)
+            p_x += 4 * s_t
+            p_do += 4 * s_do_t
         b_a, b_b, b_c, b_d = b_a.to(tl.float32), b_b.to(tl.float32), b_c.to(tl.float32), b_d.to(tl.float32)
         b_da, b_db, b_dc, b_dd = b_da.to(tl.float32), b_db.to(tl.float32), b_dc.to(tl.float32), b_dd.to(tl.float32)
         # fmt: off
         b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
             i_b, i_t, b_a, b_x1, b_x2, b_x3, b_da, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
-            b_norm, p_dx, s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2)
+            b_norm, p_dx, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
         b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
             i_b, i_t + 1, b_b, b_a, b_x1, b_x2, b_db, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
-            b_norm, p_dx, s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2)
+            b_norm, p_dx + s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
         b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
             i_b, i_t + 2, b_c, b_b, b_a, b_x1, b_dc, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
-            b_norm, p_dx, s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2)
+            b_norm, p_dx + 2 * s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
         b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
             i_b, i_t + 3, b_d, b_c, b_b, b_a, b_dd, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
-            b_norm, p_dx, s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2)
+            b_norm, p_dx + 3 * s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
         # fmt: on
         b_x1, b_x2, b_x3 = b_d, b_c, b_b
+        p_dx += 4 * s_dx_t
     tl.store(p_tap_sums + (TAPS - 1) * C, b_dw, mask=m_x)
     if TAPS > 1:
         tl.store(p_tap_sums + (TAPS - 2) * C, b_dw1, mask=m_x)
@@ -259,6 +273,7 @@ def memory_input_bwd_kernel(
     L2: tl.constexpr,
     BR: tl.constexpr,
     BW: tl.constexpr,
+    FAST: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     """Strides of the projection and its gradient are in units of UNIT elements.
@@ -285,7 +300,7 @@ def memory_input_bwd_kernel(
     if i_kind == 2:
         p_do = p_dv + i_b * s_dv_b + o_h * s_dv_h + o_w * s_dv_w
         _walk(i_b, first, end, T, p_x, p_taps, None, p_do, p_dx, p_tail, p_sequence, p_position, p_tap_sums, p_norm_sums, o_c, m_x,
-              s_t, s_dv_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, True, False, False, AHEAD)
+              s_t, s_dv_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, True, False, False, FAST, AHEAD)
     else:
         p_do, p_norm, s_do_t = p_dq + i_b * s_dq_b + o_h * s_dq_h + o_w * s_dq_w, p_q_norm, s_dq_t
         if i_kind == 1:
@@ -293,5 +308,5 @@ def memory_input_bwd_kernel(
             if p_k_norm is not None:
                 p_norm = p_k_norm
         _walk(i_b, first, end, T, p_x, p_taps, p_norm, p_do, p_dx, p_tail, p_sequence, p_position, p_tap_sums, p_norm_sums, o_c, m_x,
-              s_t, s_do_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, SILU, p_q_norm is not None, L2, AHEAD)
+              s_t, s_do_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, SILU, p_q_norm is not None, L2, FAST, AHEAD)
     # fmt: on

@@ -11,6 +11,7 @@ from allmem_ops.ops.memory_input.kernels.walk import (
     load_taps,
     norm_factors,
     program_place,
+    sigmoid,
     times,
     token_place,
     within,
@@ -44,6 +45,7 @@ def _token(
     SILU: tl.constexpr,
     RMS: tl.constexpr,
     L2: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     if p_position is not None:
         position, o_tail = token_place(i_b, i_t, end, p_tail, p_sequence, p_position, (TAPS - 1) * 3 * H * W)
@@ -52,14 +54,14 @@ def _token(
         b_x3 = within(b_x3, p_tail, o_tail, position, m_x, 3, TAPS, 3 * H * W)
     b_y = convolved(b_x, b_x1, b_x2, b_x3, b_w, b_w1, b_w2, b_w3, TAPS)
     if SILU:
-        b_y *= tl.sigmoid(b_y)
+        b_y *= sigmoid(b_y, FAST)
     if RMS or L2:
         b_z = b_y
         if RMS:
             b_z = b_y * b_norm
         b_r, b_l = norm_factors(b_y, b_z, rms_eps, l2_eps, W, RMS, L2)
         b_y = b_z * (b_r * b_l)
-    tl.store(p_out + tl.cast(i_t, tl.int64) * (H * W), b_y.to(p_out.dtype.element_ty), mask=below(m_x, i_t, end))
+    tl.store(p_out, b_y.to(p_out.dtype.element_ty), mask=below(m_x, i_t, end))
 
 
 @triton.jit
@@ -85,9 +87,12 @@ def _walk(
     SILU: tl.constexpr,
     RMS: tl.constexpr,
     L2: tl.constexpr,
+    FAST: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    C: tl.constexpr = 3 * H * W
+    """p_x, p_out: at token 0 of the row."""
+    D: tl.constexpr = H * W
+    C: tl.constexpr = 3 * D
     b_w, b_w1, b_w2, b_w3 = load_taps(p_taps, o_c, m_x, TAPS)
     b_norm = b_w
     if RMS:
@@ -97,26 +102,32 @@ def _walk(
     b_x1 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 1, TAPS, C)
     b_x2 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 2, TAPS, C)
     b_x3 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 3, TAPS, C)
+    # Pointers move on with the loop: the products of 64 bits for a token's place were a tenth of all instructions.
+    p_x += tl.cast(first, tl.int64) * s_t
+    p_out += tl.cast(first, tl.int64) * D
     if AHEAD:
         b_next, b_next1, b_next2, b_next3 = load_step(p_x, s_t, first, end, m_x)
     for i_t in tl.range(first, end, 4):
         if AHEAD:
+            p_x += 4 * s_t
             b_a, b_b, b_c, b_d = b_next, b_next1, b_next2, b_next3
             b_next, b_next1, b_next2, b_next3 = load_step(p_x, s_t, i_t + 4, end, m_x)
         else:
             b_a, b_b, b_c, b_d = load_step(p_x, s_t, i_t, end, m_x)
+            p_x += 4 * s_t
         b_a, b_b, b_c, b_d = b_a.to(tl.float32), b_b.to(tl.float32), b_c.to(tl.float32), b_d.to(tl.float32)
         # fmt: off
         _token(i_b, i_t, b_a, b_x1, b_x2, b_x3, b_w, b_w1, b_w2, b_w3, b_norm, p_out, p_tail, p_sequence, p_position, end, m_x,
-               rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2)
-        _token(i_b, i_t + 1, b_b, b_a, b_x1, b_x2, b_w, b_w1, b_w2, b_w3, b_norm, p_out, p_tail, p_sequence, p_position, end, m_x,
-               rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2)
-        _token(i_b, i_t + 2, b_c, b_b, b_a, b_x1, b_w, b_w1, b_w2, b_w3, b_norm, p_out, p_tail, p_sequence, p_position, end, m_x,
-               rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2)
-        _token(i_b, i_t + 3, b_d, b_c, b_b, b_a, b_w, b_w1, b_w2, b_w3, b_norm, p_out, p_tail, p_sequence, p_position, end, m_x,
-               rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2)
+               rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
+        _token(i_b, i_t + 1, b_b, b_a, b_x1, b_x2, b_w, b_w1, b_w2, b_w3, b_norm, p_out + D, p_tail, p_sequence, p_position, end, m_x,
+               rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
+        _token(i_b, i_t + 2, b_c, b_b, b_a, b_x1, b_w, b_w1, b_w2, b_w3, b_norm, p_out + 2 * D, p_tail, p_sequence, p_position, end, m_x,
+               rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
+        _token(i_b, i_t + 3, b_d, b_c, b_b, b_a, b_w, b_w1, b_w2, b_w3, b_norm, p_out + 3 * D, p_tail, p_sequence, p_position, end, m_x,
+               rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
         # fmt: on
         b_x1, b_x2, b_x3 = b_d, b_c, b_b
+        p_out += 4 * D
 
 
 @triton.jit
@@ -169,6 +180,7 @@ def memory_input_fwd_kernel(
     L2: tl.constexpr,
     BR: tl.constexpr,
     BW: tl.constexpr,
+    FAST: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     """Strides s_b and s_t are in units of UNIT elements. UPDATE: p_tail becomes what comes before token T, in the rows that p_active
@@ -189,7 +201,7 @@ def memory_input_fwd_kernel(
     # fmt: off
     if i_kind == 2:
         _walk(i_b, first, end, p_x, p_taps, None, p_v + o_out, p_tail, p_sequence, p_position, o_c, m_x, s_t, rms_eps, l2_eps,
-              H, W, TAPS, True, False, False, AHEAD)
+              H, W, TAPS, True, False, False, FAST, AHEAD)
     else:
         p_out, p_norm = p_q, p_q_norm
         if i_kind == 1:
@@ -197,7 +209,7 @@ def memory_input_fwd_kernel(
             if p_k_norm is not None:
                 p_norm = p_k_norm
         _walk(i_b, first, end, p_x, p_taps, p_norm, p_out + o_out, p_tail, p_sequence, p_position, o_c, m_x, s_t, rms_eps, l2_eps,
-              H, W, TAPS, SILU, p_q_norm is not None, L2, AHEAD)
+              H, W, TAPS, SILU, p_q_norm is not None, L2, FAST, AHEAD)
     # fmt: on
     if UPDATE:
         _update_tail(i_b, p_x, p_tail, p_active, T, m_x, s_t, TAPS, 3 * H * W)

@@ -36,18 +36,29 @@ def below(m_x, a, b):
 
 
 @triton.jit
-def _load_token(p_x, s_t, i_t, end, m_x):
-    return tl.load(p_x + tl.cast(i_t, tl.int64) * s_t, mask=below(m_x, i_t, end), other=0.0)
+def load_step(p_x, s_t, i_t, end, m_x):
+    """[BR, BW] each, as stored: the tiles at token i_t, which p_x points to, and the three after it; zeros from `end` on."""
+    p_x1 = p_x + s_t
+    p_x2 = p_x1 + s_t
+    b_x = tl.load(p_x, mask=below(m_x, i_t, end), other=0.0)
+    b_x1 = tl.load(p_x1, mask=below(m_x, i_t + 1, end), other=0.0)
+    b_x2 = tl.load(p_x2, mask=below(m_x, i_t + 2, end), other=0.0)
+    b_x3 = tl.load(p_x2 + s_t, mask=below(m_x, i_t + 3, end), other=0.0)
+    return b_x, b_x1, b_x2, b_x3
 
 
 @triton.jit
-def load_step(p_x, s_t, i_t, end, m_x):
-    """[BR, BW] each, as stored: the tiles at token i_t and the three after it; zeros from `end` on."""
-    b_x = _load_token(p_x, s_t, i_t, end, m_x)
-    b_x1 = _load_token(p_x, s_t, i_t + 1, end, m_x)
-    b_x2 = _load_token(p_x, s_t, i_t + 2, end, m_x)
-    b_x3 = _load_token(p_x, s_t, i_t + 3, end, m_x)
-    return b_x, b_x1, b_x2, b_x3
+def sigmoid(b_c, FAST: tl.constexpr):
+    """FAST: four instructions, where `tl.sigmoid` takes twelve (range checks of exponential and division), off by as little. The
+    interpreter knows no PTX.
+    """
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
+            "=f,f", [b_c], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.sigmoid(b_c)
 
 
 @triton.jit
