@@ -119,7 +119,7 @@ _ABOVE = {
     "allmem_ops.layers": ["allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo"],
     "allmem_ops.cost": ["allmem_ops.layers", "allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo"],
     "allmem_ops.training": ["allmem_ops.evaluation", "allmem_ops.demo"],
-    "allmem_ops.evaluation": ["allmem_ops.demo"],
+    "allmem_ops.evaluation": ["allmem_ops.evaluate", "allmem_ops.demo"],
     "allmem_ops.hf": ["allmem_ops.demo"],
     "allmem_ops.testing": ["allmem_ops.layers", "allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo"],
 }
@@ -143,7 +143,7 @@ def _violations() -> list[str]:
                 bad += [f"{module} imports {m}" for m in imported if _under(m, f"{home}.registration")]
             others = {p.name for p in (PACKAGE / "ops").iterdir() if p.is_dir() and p.name not in (op, "kernels", "__pycache__")}
             bad += [f"{module} imports {m}" for m in imported if _under(m, *(f"allmem_ops.ops.{o}" for o in others))]
-        if not _under(module, "allmem_ops.hf", "allmem_ops.demo"):
+        if not _under(module, "allmem_ops.hf", "allmem_ops.demo", "allmem_ops.evaluate"):
             bad += [f"{module} imports {m}" for m in imported if _under(m, "transformers")]
         runs_kernels = any(part == "kernels" or part.startswith("launch") for part in module.split("."))
         if not runs_kernels and module != "allmem_ops.testing.aot":

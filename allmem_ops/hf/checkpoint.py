@@ -21,6 +21,20 @@ FORMAT = 1
 TENSORS, DESCRIPTION = "memory.safetensors", "memory.json"
 _SAMPLES = 4  # values of each base matrix that the fingerprint keeps
 _TOLERANCE = 0.02  # relative: the same checkpoint in bf16 differs by 0.4 %, another checkpoint by about 100 %
+# fields of a config that a trained memory's tensors don't depend on
+_FREE = {
+    "window",
+    "sinks",
+    "chunk_size",
+    "impl",
+    "eta_init",
+    "mu_init",
+    "gate_init",
+    "conv_init",
+    "qk_init",
+    "w_init_scale",
+    "alpha_lr_scale",
+}
 
 
 def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Path:
@@ -79,17 +93,46 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Pr
         if differ:
             saved, now = ({name: getattr(c, name) for name in differ} for c in (config, current))
             fail("model", f"must have the config of the saved memory ({saved})", now)
-    expected = _memory_shapes(model, config)
-    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    if shapes != expected:
-        wrong = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
-        fail("directory", f"must hold the memory's {len(expected)} tensors", f"{len(wrong)} that differ, the first {wrong[0]}")
+    _check_shapes(tensors, _memory_shapes(model, config))
     if not converted:
         convert(model, config)
     with torch.no_grad():
         for name, parameter in memory_parameters(model).items():
             parameter.copy_(tensors[name])
     return model
+
+
+def read_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The tensors that `save_memory` wrote, by the names of `memory_parameters(model)`; the model stays as it is.
+
+    The saved config may differ from the model's in what is chosen at run time or before training (window, sinks, chunk size,
+    implementation, initial values and rates), and in nothing else.
+
+    Args:
+        model: a converted model.
+        directory: what `save_memory` returned.
+
+    Raises:
+        ValueError: `model` is not converted; files that are missing or damaged, another base model, or another config.
+    """
+    directory = Path(directory)
+    current = runtime_of(model).config
+    description, tensors = _read(directory)
+    config = AllMemConfig.from_dict(description["config"])
+    _check_base(description["base"], _describe(model))
+    differ = [name for name, value in config.to_dict().items() if name not in _FREE and getattr(current, name) != value]
+    if differ:
+        saved, now = ({name: getattr(c, name) for name in differ} for c in (config, current))
+        fail("directory", f"must hold a memory of the model's form ({now})", saved)
+    _check_shapes(tensors, _memory_shapes(model, config))
+    return tensors
+
+
+def _check_shapes(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    if shapes != expected:
+        wrong = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+        fail("directory", f"must hold the memory's {len(expected)} tensors", f"{len(wrong)} that differ, the first {wrong[0]}")
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -106,13 +106,18 @@ def memory_branches(model: PreTrainedModel) -> list[MemoryBranch]:
 
 
 def reconfigure(
-    model: PreTrainedModel, *, window: int | None = None, sinks: int | None = None, chunk_size: int | None = None
+    model: PreTrainedModel,
+    *,
+    window: int | None = None,
+    sinks: int | None = None,
+    chunk_size: int | None = None,
+    impl: str | None = None,
 ) -> AllMemConfig:
-    """Change window, sinks or chunk size of a converted model: run-time values that training draws anew at every step.
+    """Change window, sinks, chunk size or implementation of a converted model: training draws the first three anew at every step.
 
     Args:
         model: a converted model.
-        window, sinks, chunk_size: the new values; None leaves one as it is. A cache made before is refused afterwards.
+        window, sinks, chunk_size, impl: the new values; None leaves one as it is. A cache made before is refused afterwards.
 
     Returns:
         The config now in force.
@@ -121,7 +126,7 @@ def reconfigure(
         ValueError: `model` is not converted, or a value out of range.
     """
     runtime = runtime_of(model)
-    changes = {"window": window, "sinks": sinks, "chunk_size": chunk_size}
+    changes = {"window": window, "sinks": sinks, "chunk_size": chunk_size, "impl": impl}
     runtime.config = runtime.config.replace(**{name: value for name, value in changes.items() if value is not None})
     for branch in memory_branches(model):
         branch.config = runtime.config

@@ -1,0 +1,277 @@
+"""Command line of the evaluation: every foreseeable error is one sentence."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allmem_ops import AllMemConfig
+
+NEEDED = ("transformers", "safetensors", "tqdm", "numpy")
+SMOLLM2 = "smollm2"
+ARM_KEYS = ("full", "ntk", "window", "allmem", "writes-off", "adapter", "linear")
+PART_NAMES = ("rows", "long", "short", "needles", "speed")
+
+
+class Problem(Exception):
+    """What stands in the way, as one sentence."""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m allmem_ops.evaluate",
+        description="Compare a converted model with other ways to read the same text: loss by position, recovery, retrieval, speed, cache.",
+    )
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", default=SMOLLM2, help=f"{SMOLLM2} (default), a GGUF file of it, or a transformers name or directory")
+    what.add_argument("--memory", type=Path, help="what allmem_ops.hf.save_memory wrote; default: a fresh memory, which is silent")
+    what.add_argument("--adapter", type=Path, help="a memory trained with writes off, for the arm 'adapter'")
+    what.add_argument("--linear", type=Path, help="a linear memory's checkpoint, for the arm 'linear'")
+    what.add_argument("--arms", nargs="+", default=None, metavar="ARM", help=f"of {', '.join(ARM_KEYS)}; default: all that are given")
+    what.add_argument("--parts", nargs="+", default=list(PART_NAMES), metavar="PART", help=f"of {', '.join(PART_NAMES)}; default: all")
+    what.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-evaluation-harness, for every arm")
+    what.add_argument("--task-path", type=Path, help="a folder with more tasks for it (YAML)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--window", type=int, default=512)
+    how.add_argument("--sinks", type=int, default=64)
+    how.add_argument("--chunk", type=int, default=256)
+    how.add_argument("--ntk-factor", type=float, default=1.0, help="dynamic NTK's factor (default: 1)")
+    how.add_argument("--segment", type=int, default=8192, help="tokens that a constant cache reads at a time (default: 8192)")
+    how.add_argument("--tokens-per-pass", type=int, default=32768, help="rows are read together up to so many tokens (default: 32768)")
+    how.add_argument("--needle-lengths", type=int, nargs="+", default=[4096, 8192, 16384])
+    how.add_argument("--needle-repeats", type=int, default=6, help="prompts a kind, length and depth (default: 6)")
+    how.add_argument("--speed-lengths", type=int, nargs="+", default=[8192, 65536])
+    how.add_argument("--impl", choices=("auto", "chunk", "reference", "triton"), default="auto")
+    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
+    how.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the model; default: bfloat16 on cuda, float32 on cpu")
+    how.add_argument("--seed", type=int, default=0, help="of a fresh memory, the needles and the resampling (default: 0)")
+    files = parser.add_argument_group("files")
+    files.add_argument("--texts", type=Path, help="tokens from this file (.npz); made and written to it where there is none")
+    files.add_argument("--output", type=Path, default=Path("allmem_evaluation"), help="folder for evaluation.json, .md and .png")
+    return parser.parse_args(arguments)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise `Problem` for whatever can be known before a model is loaded."""
+    needed = NEEDED + (("lm_eval",) if options.tasks else ()) + (("gguf", "accelerate") if _is_smollm2(options.model) else ())
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Problem(f'the evaluation needs {", ".join(missing)}: pip install -e ".[eval]" -c constraints.txt')
+    for name, allowed in (("arms", ARM_KEYS), ("parts", PART_NAMES)):
+        for value in getattr(options, name) or ():
+            if value not in allowed:
+                raise Problem(f"--{name} must be of {', '.join(allowed)}; got {value!r}")
+    if options.arms is None:
+        given = [key for key in ("adapter", "linear") if getattr(options, key) is not None]
+        options.arms = ["full", "ntk", "window", "allmem", *(["writes-off"] if options.memory else []), *given]
+    for key in ("adapter", "linear"):
+        if key in options.arms and getattr(options, key) is None:
+            raise Problem(f"--arms {key} needs --{key} CHECKPOINT")
+    for name, files in (("memory", ("memory.safetensors", "memory.json")), ("adapter", ("memory.safetensors", "memory.json"))):
+        folder = getattr(options, name)
+        absent = [] if folder is None else [file for file in files if not (folder / file).is_file()]
+        if absent:
+            raise Problem(f"--{name} {folder} holds no {absent[0]}: it must be a folder that allmem_ops.hf.save_memory wrote")
+    if options.chunk > options.window:
+        raise Problem(f"--chunk must be at most --window {options.window}, or a token would be in neither; got {options.chunk}")
+    for name in ("window", "chunk", "segment", "tokens_per_pass", "needle_repeats"):
+        if getattr(options, name) < 1:
+            raise Problem(f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}")
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        raise Problem(f"--device must be cpu or cuda; got {options.device!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise Problem(f"--device must be cpu or cuda; got {options.device!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Problem(f"--device {options.device} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    options.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Problem(f"--output {options.output} can't be written: {error.strerror or error}") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the evaluation; the exit status."""
+    options = parse(arguments)
+    try:
+        check(options)
+        evaluate(options)
+    except Problem as problem:
+        print(f"allmem_ops.evaluate: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Load, compare, write."""
+    # After the checks: these import the extras.
+    from allmem_ops.evaluate import texts as texts_file
+    from allmem_ops.evaluation import report
+    from allmem_ops.evaluation.run import Plan, run
+
+    clock = [time.perf_counter()]
+    seconds = {}
+
+    def lap(name: str) -> None:
+        seconds[name] = round(time.perf_counter() - clock[0], 2)
+        clock[0] = time.perf_counter()
+
+    model, tokenizer = load_model(options)
+    lap("load")
+    texts = load_texts(options, tokenizer, texts_file)
+    lap("texts")
+    try:
+        convert_model(model, options)
+        arms = make_arms(model, options)
+        plan = Plan(
+            window=options.window,
+            sinks=options.sinks,
+            chunk_size=options.chunk,
+            parts=tuple(options.parts),
+            segment=options.segment,
+            tokens_per_pass=options.tokens_per_pass,
+            needle_lengths=tuple(options.needle_lengths),
+            needle_repeats=options.needle_repeats,
+            speed_lengths=tuple(options.speed_lengths),
+            seed=options.seed,
+        )
+    except ValueError as error:
+        raise Problem(str(error)) from error
+    lap("convert")
+    facts = {
+        "settings": settings(options),
+        "environment": environment(options),
+        "texts": texts_file.describe(texts),
+        "setup_seconds": seconds,
+    }
+
+    def save(found: dict[str, Any]) -> None:
+        name, by_arm = list(found["seconds"].items())[-1]
+        print(f"{name}: {sum(by_arm.values()):.1f} s ({', '.join(f'{arm} {value:.1f}' for arm, value in by_arm.items())})", flush=True)
+        write(options.output / "evaluation.json", json.dumps({**facts, **found}, indent=1))
+
+    try:
+        found = run(model, arms, tokenizer, texts, plan, progress=bar, on_part=save)
+    except ValueError as error:
+        raise Problem(str(error)) from error
+    lap("evaluate")
+    found = {**facts, **found}
+    write(options.output / "evaluation.json", json.dumps(found, indent=1))
+    text = report.text(found)
+    write(options.output / "evaluation.md", text + "\n")
+    print(text)
+    print(f"\nWritten: {options.output}/evaluation.json, {options.output}/evaluation.md")
+    try:
+        print(f"Written: {report.picture(found, options.output / 'evaluation.png')}")
+    except ImportError as error:
+        print(error)
+
+
+def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The base model, not converted, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from allmem_ops.demo import smollm2
+
+    dtype = getattr(torch, options.dtype)
+    try:
+        if _is_smollm2(options.model):
+            weights = smollm2.find_weights() if options.model == SMOLLM2 else smollm2.verify(Path(options.model))
+            return smollm2.load_model(weights, dtype=dtype, device=options.device), smollm2.load_tokenizer(weights)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+    except (smollm2.ModelUnavailable, OSError, ValueError) as error:
+        raise Problem(f"--model {options.model} can't be loaded: {str(error).splitlines()[0]}") from error
+    tokenizer.model_max_length = sys.maxsize  # a file is read whole and cut afterwards
+    return model, tokenizer
+
+
+def load_texts(options: argparse.Namespace, tokenizer: Any, texts_file: Any) -> Any:
+    """The texts of `--texts`, or built."""
+    if options.texts is not None and options.texts.is_file():
+        try:
+            return texts_file.load(options.texts)
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise Problem(f"--texts {options.texts} can't be read: {error}") from error
+    texts = texts_file.build(tokenizer)
+    if options.texts is not None:
+        try:
+            texts_file.save(texts, options.texts)
+        except OSError as error:
+            raise Problem(f"--texts {options.texts} can't be written: {error.strerror or error}") from error
+    return texts
+
+
+def convert_model(model: Any, options: argparse.Namespace) -> None:
+    """With the checkpoint's config, or with a fresh and silent memory."""
+    from allmem_ops.hf import convert, load_memory, reconfigure
+
+    torch.manual_seed(options.seed)
+    if options.memory is not None:
+        load_memory(model, options.memory)
+        reconfigure(model, impl=options.impl)
+    else:
+        convert(model, AllMemConfig(window=options.window, sinks=options.sinks, chunk_size=options.chunk, impl=options.impl))
+
+
+def make_arms(model: Any, options: argparse.Namespace) -> list[Any]:
+    """The arms that were asked for."""
+    from allmem_ops.evaluation.arms import ARMS, adapter_arm, ntk_arm
+    from allmem_ops.hf.checkpoint import read_memory
+
+    special: dict[str, Callable[[], Any]] = {
+        "ntk": lambda: ntk_arm(options.ntk_factor),
+        "adapter": lambda: adapter_arm(read_memory(model, options.adapter)),
+    }
+    return [ARMS[key] if key in ARMS else special[key]() for key in options.arms]
+
+
+@contextmanager
+def bar(title: str, amount: int) -> Iterator[Callable[[int], Any]]:
+    """A progress bar, gone when it is full."""
+    from tqdm import tqdm
+
+    with tqdm(total=amount, desc=f"  {title}", unit_scale=True, dynamic_ncols=True, leave=False) as progress:
+        yield progress.update
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+def environment(options: argparse.Namespace) -> dict[str, Any]:
+    """Card, versions, commit."""
+    import transformers
+
+    card = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else "cpu"
+    root = Path(__file__).parents[2]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False)
+    return {"device": card, "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit.stdout.strip() or None}
+
+
+def write(path: Path, text: str) -> None:
+    """Beside its name first, then into place."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _is_smollm2(model: str) -> bool:
+    return model == SMOLLM2 or model.endswith(".gguf")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
