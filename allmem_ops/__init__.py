@@ -18,6 +18,8 @@ _HOME = {
     "gated_fusion": "allmem_ops.ops.fusion.api",
     "memory_input": "allmem_ops.ops.memory_input.api",
     "memory_input_step": "allmem_ops.ops.memory_input.api",
+    "rotary": "allmem_ops.ops.rotary.api",
+    "rotary_table": "allmem_ops.ops.rotary.api",
     "AllMemConfig": "allmem_ops.layers.config",
     "MemoryBranch": "allmem_ops.layers.memory",
     "TokenMixer": "allmem_ops.layers.mixer",
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from allmem_ops.layers.warmup import warmup
     from allmem_ops.ops.fusion.api import gated_fusion
     from allmem_ops.ops.memory_input.api import memory_input, memory_input_step
+    from allmem_ops.ops.rotary.api import rotary, rotary_table
     from allmem_ops.ops.swa.api import swa, swa_step
     from allmem_ops.ops.swa.cache import WindowCache
     from allmem_ops.ops.ttt_mlp.api import ttt_mlp, ttt_mlp_step

@@ -9,7 +9,7 @@ IMPLS = ("reference", "chunk", "triton", "auto")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # The operators that have Triton kernels.
-KERNELS = frozenset({"gated_fusion", "memory_input", "swa", "swa_step", "ttt_mlp", "ttt_mlp_step"})
+KERNELS = frozenset({"gated_fusion", "memory_input", "rotary", "swa", "swa_step", "ttt_mlp", "ttt_mlp_step"})
 
 
 def resolve_impl(op: str, impl: str, x: torch.Tensor) -> str:

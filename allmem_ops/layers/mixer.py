@@ -1,6 +1,7 @@
 """`TokenMixer`: AllMem's token mixer as one layer, windowed attention with RoPE and the memory beside it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from allmem_ops._validation import check_bool, check_dtype, check_float, check_i
 from allmem_ops.layers.config import AllMemConfig
 from allmem_ops.layers.memory import MemoryBranch, MemoryBranchState
 from allmem_ops.layers.state_group import StateGroup
+from allmem_ops.ops.rotary.api import Rotary, rotary, rotary_table
 from allmem_ops.ops.swa.api import swa, swa_step
 from allmem_ops.ops.swa.cache import WindowCache
 
@@ -24,14 +26,6 @@ class TokenMixerState(StateGroup):
 
     window: WindowCache
     memory: MemoryBranchState
-
-
-def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
-    """RoPE in the half-and-half layout: x [B, T, H, D] at `positions` [B or 1, T], angles in fp32 (float64 for float64 `x`)."""
-    angle = positions[..., None, None].to(inv_freq.dtype) * inv_freq  # [B, T, 1, D/2]
-    first, second = x.to(inv_freq.dtype).chunk(2, -1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 class TokenMixer(nn.Module):
@@ -146,13 +140,11 @@ class TokenMixer(nn.Module):
         return out if active is None else torch.where(active[:, None, None], out, 0)
 
     def _attend(self, x: Tensor, state: TokenMixerState | None, cu_seqlens: Tensor | None, active: Tensor | None) -> Tensor:
-        config, (heads, head_dim) = self.config, self.shape
-        q, k, v = self.qkv_proj(x).unflatten(-1, (sum(heads), head_dim)).split(heads, -2)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        config, ((heads, heads_kv, _), head_dim) = self.config, self.shape
+        qkv = self.qkv_proj(x).unflatten(-1, (heads + 2 * heads_kv, head_dim))
         positions = _positions(x, state, cu_seqlens)
-        q_sinks = self._clamped(q, positions, state)
-        q, k = (rotate(y, positions, self.inv_freq) for y in (q, k))
+        q, k, v = self._rotary(qkv, positions, heads_kv)
+        q_sinks = self._clamped(qkv[:, :, :heads], positions, state)
         if state is None:
             return swa(q, k, v, window=config.window, sinks=config.sinks, q_sinks=q_sinks, cu_seqlens=cu_seqlens, impl=config.impl)
         if x.shape[1] == 1:
@@ -163,12 +155,20 @@ class TokenMixer(nn.Module):
         state.window.append(k.detach(), v.detach())
         return o
 
+    def _rotary(self, qkv: Tensor, positions: Tensor, heads_kv: int) -> Rotary:
+        """Norm and RoPE of the queries and of `heads_kv` heads of keys."""
+        norms: dict[str, Any] = {}
+        if self.q_norm is not None:
+            norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight if heads_kv else None, "eps": self.q_norm.eps}
+        table = rotary_table(positions, self.inv_freq)
+        return rotary(qkv, *table, heads=self.shape[0][0], heads_kv=heads_kv, impl=self.config.impl, **norms)
+
     def _clamped(self, q: Tensor, positions: Tensor, state: TokenMixerState | None) -> Tensor | None:
         """The queries for sinks outside the window; None where no position can pass the trained length or nothing is clamped."""
         last = self.trained_length
         if last is None or not self.config.sinks or self.config.sink_positions != "clamped" or (state is None and q.shape[1] <= last):
             return None
-        return rotate(q, positions.clamp(max=last - 1), self.inv_freq)
+        return self._rotary(q, positions.clamp(max=last - 1), 0).q
 
     def extra_repr(self) -> str:
         (heads, heads_kv, _), head_dim = self.shape

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from allmem_ops import TokenMixer
-from allmem_ops.layers.mixer import rotate
+from allmem_ops import TokenMixer, rotary, rotary_table
 from benchmarks.peers.flex import causal_mask, compiled_flex
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -22,7 +21,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class FullAttention(nn.Module):
-    """x [B, T, d_model] -> what a decoder layer's attention adds, with the mixer's own norm, projections and RoPE."""
+    """x [B, T, d_model] -> what a decoder layer's attention adds, with the mixer's own norm, projections, q/k norms and RoPE."""
 
     def __init__(self, mixer: TokenMixer, attention: Attention) -> None:
         super().__init__()
@@ -36,11 +35,10 @@ class FullAttention(nn.Module):
         self.shape, self.inv_freq, self.attention = mixer.shape, mixer.inv_freq, attention
 
     def forward(self, x: Tensor) -> Tensor:
-        heads, head_dim = self.shape
-        q, k, v = self.qkv_proj(self.norm(x)).unflatten(-1, (sum(heads), head_dim)).split(heads, -2)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        q, k = (rotate(y, positions, self.inv_freq) for y in (q, k))
+        (heads, heads_kv, _), head_dim = self.shape
+        qkv = self.qkv_proj(self.norm(x)).unflatten(-1, (heads + 2 * heads_kv, head_dim))
+        table = rotary_table(torch.arange(x.shape[1], device=x.device)[None], self.inv_freq)
+        norms = {} if self.q_norm is None else {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": self.q_norm.eps}
+        q, k, v = rotary(qkv, *table, heads=heads, heads_kv=heads_kv, **norms)
         o = self.attention(*(y.transpose(1, 2) for y in (q, k, v)))
         return self.o_proj(o.transpose(1, 2).flatten(2))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allmem_ops import AllMemConfig, TokenMixer
-from allmem_ops.layers.mixer import TokenMixerState, rotate
+from allmem_ops.layers.mixer import TokenMixerState
 
 D_MODEL, HEADS, HEADS_KV, HEAD_DIM = 24, 4, 2, 8
 SHAPE = {"heads": HEADS, "heads_kv": HEADS_KV, "head_dim": HEAD_DIM}
@@ -165,15 +165,6 @@ def test_gradients_reach_every_parameter():
     mixer(x).square().sum().backward()
     for name, p in mixer.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, name
-
-
-def test_rotate_keeps_lengths_and_relative_angles():
-    mixer, x = make(), torch.randn(1, 5, 2, HEAD_DIM, dtype=torch.float64)
-    y = rotate(x, torch.arange(5)[None], mixer.inv_freq)
-    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
-    a, b = (rotate(x, torch.full((1, 5), p), mixer.inv_freq) for p in (3, 10))
-    c, d = (rotate(x.flip(1), torch.full((1, 5), p), mixer.inv_freq) for p in (1, 8))
-    torch.testing.assert_close((a * c).sum(-1), (b * d).sum(-1))
 
 
 @pytest.mark.parametrize(

@@ -83,18 +83,31 @@ def gated_fusion() -> None:
 
 def memory_input() -> None:
     from allmem_ops.ops.memory_input.launch import launch_backward, launch_forward, launch_step
+    from allmem_ops.ops.memory_input.reference import Inputs, Options
 
     T, H, d, taps = 4096, 8, 64, 4
-    options = H, True, True, 1e-6, 1e-6
+    options = Options(H, True, True, 1e-6, 1e-6)
     for cu in (None, empty(9, dtype=OFFSETS)):
         projected = empty(1, T, 3 * H * d + 5 * H, dtype=HALF)
         parameters = empty(3 * H * d, taps), empty(5 * H), empty(d), empty(d)
         q = empty(1, T, H, d, dtype=HALF)
         gradients = q, q, q, empty(1, T, H, 3), empty(1, T, H), empty(1, T, H, dtype=HALF)
-        launch_forward(projected, *parameters, None, cu, *options)
-        launch_backward(*gradients, projected, *parameters, None, cu, *options)
+        inputs = Inputs(projected, *parameters, None, cu)
+        launch_forward(inputs, options)
+        launch_backward(gradients, inputs, options)
     one = empty(4, 1, 3 * H * d + 5 * H, dtype=HALF)
-    launch_step(one, *parameters, empty(4, taps - 1, 3 * H * d, dtype=HALF), None, *options)
+    launch_step(Inputs(one, *parameters, empty(4, taps - 1, 3 * H * d, dtype=HALF), None), None, options)
+
+
+def rotary() -> None:
+    from allmem_ops.ops.rotary.launch import launch_backward, launch_forward
+
+    T = 4096
+    for HQ, HK, D, with_norms in ((16, 8, 128, True), (16, 8, 128, False), (9, 3, 64, False)):
+        q, k, qkv = (empty(1, T, h, D, dtype=HALF) for h in (HQ, HK, HQ + 2 * HK))
+        cos, norm = empty(1, T, D // 2), empty(D, dtype=HALF) if with_norms else None
+        launch_forward(qkv, cos, cos, norm, norm, HQ, HK, 1e-6)
+        launch_backward(q, k, k, qkv if with_norms else None, cos, cos, norm, norm, 1e-6)
 
 
 def main() -> None:

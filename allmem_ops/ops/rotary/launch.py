@@ -1,0 +1,109 @@
+"""Launches of the `rotary` kernels: tiles of tokens and heads, grids, strides, allocation."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from allmem_ops.ops.kernels.configs import Config, Table, choose
+from allmem_ops.ops.kernels.device import gpu_class, sm_count
+from allmem_ops.ops.kernels.launcher import launch_plain
+from allmem_ops.ops.rotary.kernels.bwd import rotary_bwd_kernel, rotary_bwd_sums_kernel
+from allmem_ops.ops.rotary.kernels.fwd import rotary_fwd_kernel
+
+# TILE: channels of a tile's half heads. HEADS: of a tile, at most. PER_SM: programs a streaming multiprocessor, at most.
+_FWD: Table = {("sm80", "rows"): [Config({"TILE": 1024, "HEADS": 8, "PER_SM": 16, "STAGES": 1}, 4, 1)]}
+_BWD: Table = {("sm80", "rows"): [Config({"TILE": 1024, "HEADS": 8, "PER_SM": 8, "STAGES": 1}, 4, 1)]}
+_SUM_ROWS, _SUM_COLUMNS = 64, 32  # tile of the kernel that adds the programs' parts
+
+
+class _Plan(NamedTuple):
+    """Tiles of BT tokens, BH heads and BW channels (half a head, up to a power of two); `slots` programs share a sequence's tokens."""
+
+    BT: int
+    BH: int
+    BW: int
+    slots: int
+    programs: int
+    warps: int
+
+
+def _plan(B: int, T: int, H: int, W: int, config: Config, device: torch.device) -> _Plan:
+    constants = config.constants
+    BW, BH = 1 << (W - 1).bit_length(), 1
+    # Heads side by side share a token's cos and sin, as long as no more than a quarter of the lanes lies idle.
+    while (wider := 2 * BH) <= constants["HEADS"] and wider * BW <= constants["TILE"] and 3 * -(-H // wider) * wider <= 4 * H:
+        BH = wider
+    BT = max(1, constants["TILE"] // (BH * BW))
+    blocks = -(-H // BH)
+    slots = min(-(-T // BT), max(1, constants["PER_SM"] * sm_count(device) // (blocks * B)))
+    warps = min(16, max(config.num_warps, BT * BH * BW // 512))
+    return _Plan(BT, BH, BW, slots, B * slots * blocks, warps)
+
+
+def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
+    return (0,) * dims if x is None else x.stride()
+
+
+def _table_strides(table: Tensor) -> tuple[int, ...]:
+    """Strides of cos or sin [B or 1, T, D/2]; one table serves every sequence with stride 0."""
+    s_b, s_t, s_d = table.stride()
+    return (0 if table.shape[0] == 1 else s_b), s_t, s_d
+
+
+def launch_forward(
+    qkv: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, heads: int, heads_kv: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """q [B, T, HQ, D] and k [B, T, HK, D]."""
+    B, T, _, D = qkv.shape
+    q, k = (torch.empty(B, T, n, D, dtype=qkv.dtype, device=qkv.device) for n in (heads, heads_kv))
+    if q.numel() + k.numel() == 0:
+        return q, k
+    k_norm = q_norm if k_norm is None else k_norm
+
+    def run(config: Config) -> None:
+        plan = _plan(B, T, heads + heads_kv, D // 2, config, qkv.device)
+        args = [qkv, cos, sin, q_norm, k_norm, q, k, T, plan.slots, eps]
+        args += [*qkv.stride(), *_table_strides(cos), *_table_strides(sin), *_strides(q_norm, 1), *_strides(k_norm, 1)]
+        args += [heads, heads_kv, D // 2, plan.BT, plan.BH, plan.BW, config.constants["STAGES"]]
+        launch_plain(rotary_fwd_kernel, qkv.device, plan.programs, args, {"num_warps": plan.warps})
+
+    run(choose("rotary_fwd", _FWD, gpu_class(qkv.device), "rows", run))
+    return q, k
+
+
+def launch_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of qkv, q_norm and k_norm (None where the argument is)."""
+    B, T, heads, D = dq.shape
+    heads_kv, device = dk.shape[2], dq.device
+    dqkv = torch.empty(B, T, heads + 2 * heads_kv, D, dtype=dq.dtype, device=device)
+    norms = dq_norm, dk_norm = tuple(None if x is None else torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q_norm, k_norm))
+    if dqkv.numel() == 0:
+        return dqkv, *(None if x is None else x.zero_() for x in norms)
+    if q_norm is not None and k_norm is None:  # no heads of k
+        k_norm, dk_norm = q_norm, torch.empty_like(q_norm)
+
+    def run(config: Config) -> None:
+        plan = _plan(B, T, heads + 2 * heads_kv, D // 2, config, device)
+        sums = None if q_norm is None else torch.empty(plan.programs, 4, plan.BW, dtype=torch.float32, device=device)
+        args = [dq, dk, dv, qkv, cos, sin, q_norm, k_norm, dqkv, sums, T, plan.slots, eps]
+        args += [*dq.stride(), *dk.stride(), *dv.stride(), *_strides(qkv, 4), *_table_strides(cos), *_table_strides(sin)]
+        args += [*_strides(q_norm, 1), *_strides(k_norm, 1)]
+        args += [heads, heads_kv, D // 2, plan.BT, plan.BH, plan.BW, config.constants["STAGES"]]
+        launch_plain(rotary_bwd_kernel, device, plan.programs, args, {"num_warps": plan.warps})
+        if sums is not None:
+            args = [sums, dq_norm, dk_norm, plan.programs, D // 2, plan.BW, _SUM_ROWS, _SUM_COLUMNS]
+            launch_plain(rotary_bwd_sums_kernel, device, -(-4 * plan.BW // _SUM_COLUMNS), args, {"num_warps": 4})
+
+    run(choose("rotary_bwd", _BWD, gpu_class(device), "rows", run))
+    return dqkv, *norms

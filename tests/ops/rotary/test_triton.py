@@ -1,0 +1,319 @@
+"""`rotary` with `impl="triton"`: on a GPU, or in Triton's interpreter."""
+
+import importlib.util
+import inspect
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from allmem_ops import rotary
+from allmem_ops.ops.kernels.configs import Config
+from allmem_ops.ops.rotary import launch, registration
+from allmem_ops.ops.rotary.kernels import bwd, fwd, rows
+from allmem_ops.testing import assert_within_budget
+from tests.ops.rotary.cases import Case, gradients, plain
+from tests.ops.rotary.test_values import CASES
+
+CUDA = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]  # no bfloat16 in the interpreter
+SMALL = {("sm80", "rows"): [Config({"TILE": 32, "HEADS": 2, "PER_SM": 4, "STAGES": 1}, 4, 1)]}
+
+
+def to(x: dict, device: torch.device) -> dict:
+    return {name: None if v is None else v.detach().to(device).requires_grad_() for name, v in x.items()}
+
+
+def call(case: Case, x: dict, impl: str):
+    table = case.table(x["qkv"].dtype, x["qkv"].device)
+    return rotary(x["qkv"], *table, q_norm=x["q_norm"], k_norm=x["k_norm"], impl=impl, **case.options())
+
+
+def check(case: Case, x: dict, device: torch.device) -> None:
+    """Outputs and every gradient within the error budget, and the budget sees a zeroed one."""
+    x64, low = (
+        {n: None if v is None else v.detach().to(d).requires_grad_() for n, v in x.items()} for d in (torch.float64, x["qkv"].dtype)
+    )
+    ours = to(x, device)
+    got, exact, allowed = call(case, ours, "triton"), call(case, x64, "reference"), plain(case, low)
+    for name, y, y_low, y64 in zip("qkv", got, allowed, exact, strict=True):
+        assert y.dtype == x["qkv"].dtype
+        assert_within_budget(name, y, y_low, y64)
+    got, exact, allowed = gradients(got, ours), gradients(exact, x64), gradients(allowed, low)
+    for name, grad in got.items():
+        assert grad.dtype == x[name].dtype and grad.shape == x[name].shape, name
+        assert_within_budget(f"d{name}", grad, allowed[name], exact[name])
+        with pytest.raises(AssertionError):
+            assert_within_budget(f"d{name}", torch.zeros_like(grad), allowed[name], exact[name])
+
+
+# On a GPU the sizes of models loop over many tiles as it is.
+@pytest.fixture(params=["tiles as pinned"] if CUDA else ["tiles as pinned", "many small tiles"])
+def _tiles(request, monkeypatch) -> None:
+    if request.param == "many small tiles":
+        monkeypatch.setattr(launch, "_FWD", SMALL)
+        monkeypatch.setattr(launch, "_BWD", SMALL)
+
+
+@settings(max_examples=3 if CUDA else 20)  # every example is compiled on a GPU
+@given(CASES)
+def test_every_form_equals_the_reference(case: Case):
+    x = case.inputs(torch.float32)
+    ours = to(x, torch.device("cuda" if CUDA else "cpu"))
+    want, got = call(case, x, "reference"), call(case, ours, "triton")
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
+    got = gradients(got, ours)
+    for name, grad in gradients(want, x).items():
+        torch.testing.assert_close(got[name].cpu(), grad, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"d{name}: {m}")
+
+
+ODD = [
+    Case(tokens=23, heads=9, heads_kv=3, width=24),  # a tile with heads of q and of k
+    Case(tokens=1, heads=1, heads_kv=1, width=2),
+    Case(tokens=33, heads=4, heads_kv=1, width=96, batch=1),
+    Case(tokens=9, heads=5, heads_kv=0, width=20),
+    Case(tokens=17, heads=7, heads_kv=7, width=10, norms=False),
+    Case(batch=3, tokens=9, heads=6, heads_kv=2, width=16, spread=True),
+]
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("case", ODD, ids=str)
+def test_odd_shapes(case: Case, device: torch.device):
+    check(case, case.inputs(torch.float32), device)
+
+
+@pytest.mark.parametrize("param_dtype", [None, torch.float32], ids=["one-dtype", "fp32-weights"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [Case(width=64), Case(width=32, norms=False, spread=True)])
+def test_low_precision_is_within_the_budget(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None, device: torch.device):
+    case = Case(**{**vars(case), "tokens": 2000 if CUDA else 61})
+    check(case, case.inputs(dtype, param_dtype), device)
+
+
+@pytest.mark.skipif(not CUDA, reason="a GPU's sizes")
+@pytest.mark.parametrize(("heads", "heads_kv", "width"), [(16, 8, 128), (9, 3, 64), (12, 2, 256)])
+def test_model_sizes(heads: int, heads_kv: int, width: int, device: torch.device):
+    case = Case(batch=1, tokens=8001, heads=heads, heads_kv=heads_kv, width=width)
+    check(case, case.inputs(torch.bfloat16), device)
+
+
+def test_weights_of_two_dtypes(device: torch.device):
+    case = Case()
+    x = case.inputs(torch.float16)
+    x["k_norm"] = x["k_norm"].detach().float().requires_grad_()
+    ours = to(x, device)
+    got = gradients(call(case, ours, "triton"), ours)
+    for name, want in gradients(call(case, x, "chunk"), x).items():
+        assert got[name].dtype == want.dtype
+        torch.testing.assert_close(got[name].cpu(), want, rtol=2e-3, atol=2e-3)
+
+
+def test_strided_inputs_and_expanded_gradients(device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    case = Case(batch=3, tokens=6, spread=True)
+    x = case.inputs(torch.float32)
+    cos, sin = case.table(torch.float32)
+    strided = {
+        "qkv": x["qkv"].detach().permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0),
+        **{n: torch.stack([x[n].detach()] * 2, -1)[:, 0] for n in ("q_norm", "k_norm")},
+    }
+    strided = {n: v.to(device).requires_grad_() for n, v in strided.items()}
+    table = cos.transpose(0, 2).contiguous().transpose(0, 2).to(device), torch.cat([sin, sin], -1).to(device)[..., :4]
+    assert strided["qkv"].stride() != x["qkv"].stride() and strided["q_norm"].stride() == (2,)
+    # Strides go to the kernel; no copy is made on the way.
+    for copy in ("contiguous", "clone"):
+        monkeypatch.setattr(torch.Tensor, copy, None)
+    y = rotary(strided["qkv"], *table, q_norm=strided["q_norm"], k_norm=strided["k_norm"], impl="triton", **case.options())
+    up = [torch.ones((), device=device).expand(t.shape) for t in y]
+    got = torch.autograd.grad(list(y), list(strided.values()), up)
+    monkeypatch.undo()
+    want = call(case, x, "reference")
+    for a, b in zip(y, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b)
+    want = torch.autograd.grad([t.sum() for t in want], list(x.values()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_without_a_gradient_count_as_zero(device: torch.device):
+    x = to(Case().inputs(torch.float32), device)
+    for i in range(3):
+        outputs = call(Case(), x, "triton")
+        up = [torch.ones_like(y) if j == i else torch.zeros_like(y) for j, y in enumerate(outputs)]
+        want = torch.autograd.grad(list(outputs), x["qkv"], up)[0]
+        (got,) = torch.autograd.grad(call(Case(), x, "triton")[i].sum(), x["qkv"])
+        assert torch.equal(got, want) and got.any()
+
+
+def test_two_runs_give_the_same_bits(device: torch.device):
+    case = Case(tokens=4001 if CUDA else 40, heads=9, heads_kv=3, width=64)
+    x = to(case.inputs(torch.float32), device)
+    first, second = (gradients(call(case, x, "triton"), x) for _ in range(2))
+    for name, grad in first.items():
+        assert torch.equal(grad, second[name]), name
+
+
+def test_the_library_operator_gives_the_same_bits(device: torch.device):
+    """As called under torch.compile: there v is a copy."""
+    case = Case(tokens=40)
+    x = to(case.inputs(torch.float32), device)
+    direct = call(case, x, "triton")
+    operator = registration.rotary_triton(x["qkv"], *case.table(torch.float32, device), x["q_norm"], x["k_norm"], 4, 2, 1e-6)
+    assert direct.v.data_ptr() != operator[2].data_ptr() and direct.v.untyped_storage().data_ptr() == x["qkv"].untyped_storage().data_ptr()
+    for a, b in zip(direct, operator, strict=True):
+        assert torch.equal(a, b)
+    a, b = gradients(direct, x), gradients(operator, x)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("case", [Case(), Case(norms=False, spread=True), Case(heads_kv=0)])
+def test_opcheck(case: Case, device: torch.device):
+    x = to(case.inputs(torch.float32), device)
+    inputs = x["qkv"], *case.table(torch.float32, device), x["q_norm"], x["k_norm"]
+    torch.library.opcheck(registration.rotary_triton, (*inputs, case.heads, case.heads_kv, 1e-6))
+    up = [torch.randn(2, 5, n, 8, device=device) for n in (case.heads, case.heads_kv, case.heads_kv)]
+    detached = [None if t is None else t.detach() for t in inputs]
+    torch.library.opcheck(registration.rotary_triton_bwd, (*up, *detached, 1e-6))
+
+
+def test_compiles_whole_and_does_not_recompile_for_another_length(device: torch.device):
+    def block(qkv, cos, sin, q_norm, k_norm):
+        return rotary(qkv, cos, sin, heads=4, heads_kv=2, q_norm=q_norm, k_norm=k_norm, impl="triton")
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="inductor" if CUDA else "aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (5, 17, 64):
+            case = Case(tokens=tokens)
+            x = to(case.inputs(torch.float32), device)
+            inputs = x["qkv"], *case.table(torch.float32, device), x["q_norm"], x["k_norm"]
+            want, got = block(*inputs), compiled(*inputs)
+            for a, b in zip(got, want, strict=True):
+                assert torch.equal(a, b)
+            want, got = gradients(want, x), gradients(got, x)
+            assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+@pytest.mark.skipif(not CUDA, reason="compiled kernels are counted")
+def test_kernels_are_not_compiled_again_for_another_length(device: torch.device):
+    kernels = (launch.rotary_fwd_kernel, launch.rotary_bwd_kernel, launch.rotary_bwd_sums_kernel)
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    for tokens in (64, 1, 2, 15, 16, 17, 1024, 4097):
+        case = Case(batch=1, tokens=tokens, width=64)
+        x = to(case.inputs(torch.float32), device)
+        gradients(call(case, x, "triton"), x)
+        if tokens == 64:
+            before = compiled()
+    assert compiled() == before
+
+
+def test_checkpointing(device: torch.device):
+    from torch.utils.checkpoint import checkpoint
+
+    x = to(Case().inputs(torch.float32), device)
+    want = gradients(call(Case(), x, "triton"), x)
+    got = gradients(checkpoint(lambda qkv: call(Case(), x | {"qkv": qkv}, "triton"), x["qkv"], use_reentrant=False), x)
+    assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+@pytest.mark.skipif(not CUDA, reason="CUDA graphs")
+def test_forward_and_backward_in_a_cuda_graph(device: torch.device):
+    case = Case(tokens=700, width=64)
+    x = to(case.inputs(torch.bfloat16), device)
+    table = case.table(torch.float32, device)
+    up = [torch.randn(2, 700, n, 64, device=device).bfloat16() for n in (4, 2, 2)]
+
+    def both() -> tuple[torch.Tensor, ...]:
+        y = rotary(x["qkv"], *table, q_norm=x["q_norm"], k_norm=x["k_norm"], **case.options())
+        return *y, *torch.autograd.grad(list(y), list(x.values()), up)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        both()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    with torch.no_grad():
+        for v in x.values():
+            v.copy_(torch.randn_like(v))
+    graph.replay()
+    for a, b in zip(captured, both(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_offsets_beyond_32_bits(device: torch.device):
+    far = 2**30 + 8  # elements between two tokens
+    storage = torch.empty(2 * far + 64, dtype=torch.float16, device=device)  # on a CPU only the touched pages exist
+    qkv = storage.as_strided((1, 3, 4, 8), (0, far, 8, 1))
+    qkv.copy_(torch.randn(qkv.shape))
+    case = Case(batch=1, tokens=3, heads=2, heads_kv=1, norms=False)
+    got = call(case, {"qkv": qkv, "q_norm": None, "k_norm": None}, "triton")
+    want = call(case, {"qkv": qkv.clone().cpu(), "q_norm": None, "k_norm": None}, "chunk")
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b)
+
+
+def test_wide_heads_go_to_the_plain_form(device: torch.device):
+    width = registration.MAX_HEAD_DIM + 2
+    qkv, table = torch.randn(1, 2, 1, width, device=device), torch.zeros(1, 2, width // 2, device=device)
+    assert not rotary(qkv, table, table, heads=1, heads_kv=0).q.any()
+    with pytest.raises(ValueError, match="`qkv` must have heads of at most 2048 channels"):
+        rotary(qkv, table, table, heads=1, heads_kv=0, impl="triton")
+
+
+FAULTS = {
+    "the turn's sign": (fwd, "b_x1 * b_cos - b_x2 * b_sin", "b_x1 * b_cos + b_x2 * b_sin"),
+    "the second half's cosine": (fwd, "b_x2 * b_cos + b_x1 * b_sin", "b_x2 + b_x1 * b_sin"),
+    "a norm over half a head": (rows, "b_x1 * b_x1 + b_x2 * b_x2", "b_x1 * b_x1"),
+    "q's weight for k": (rows, "tl.where(m_q, b_q1, b_k1)", "b_q1"),
+    "every sequence at the first one's positions": (fwd, "p_cos += i_b * s_cos_b", "p_cos += 0"),
+    "keys in the place of the next token's": (fwd, "(o_t * HK + (o_h - HQ))", "(o_t * HK + o_h)"),
+    "the gradient turned forwards": (bwd, "b_dy1 * b_cos + b_dy2 * b_sin", "b_dy1 * b_cos - b_dy2 * b_sin"),
+    "the mean's term": (bwd, "b_n1 * b_mean", "b_n1 * 0.0"),
+    "v's gradient turned": (bwd, "tl.where(m_v, b_v2, b_dx2)", "b_dx2"),
+    "the weight's gradient of the last tile only": (bwd, "b_sum1 += b_dx1 * b_n1", "b_sum1 = b_dx1 * b_n1"),
+    "k's part of the weight's gradient in q's": (bwd, "tl.where(m_q, b_sum2, 0.0)", "b_sum2"),
+    "sums of the first program only": (bwd, "column_sums(p_sums, programs,", "column_sums(p_sums, 1,"),
+}
+FORM = Case(tokens=11, heads=3, heads_kv=2, width=12, spread=True)
+
+
+def _largest_difference(kernels: dict) -> float:
+    device = "cuda" if CUDA else "cpu"
+    x = to(FORM.inputs(torch.float32), torch.device(device))
+    want = call(FORM, x, "reference")
+    want = [*want[:2], *gradients(want, x).values()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_FWD", SMALL)
+        patch.setattr(launch, "_BWD", SMALL)
+        for name, kernel in kernels.items():
+            patch.setattr(launch, name, kernel)
+        got = call(FORM, x, "triton")
+        got = [*got[:2], *gradients(got, x).values()]
+    return max((a - b).abs().max().item() for a, b in zip(got, want, strict=True))
+
+
+def test_the_comparison_passes_without_a_fault():
+    assert _largest_difference({}) < 1e-4
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_a_kernel_is_seen(fault: str, tmp_path):
+    module, old, new = FAULTS[fault]
+    sources = {m: inspect.getsource(m) for m in (rows, fwd, bwd)}
+    assert sources[module].count(old) == 1, f"the fault no longer fits the source: {old!r}"
+    sources[module] = sources[module].replace(old, new)
+    # One file: what forward and backward share may be the faulty part.
+    parts = [s.replace("from allmem_ops.ops.rotary.kernels.rows import", "# from rows:") for s in sources.values()]
+    file = tmp_path / "faulty.py"
+    file.write_text("\n".join(parts))
+    spec = importlib.util.spec_from_file_location("faulty", file)
+    faulty = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faulty)
+    names = ("rotary_fwd_kernel", "rotary_bwd_kernel", "rotary_bwd_sums_kernel")
+    difference = _largest_difference({name: getattr(faulty, name) for name in names})
+    assert not difference < 1e-3, difference
