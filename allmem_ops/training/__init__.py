@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from allmem_ops.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
     from allmem_ops.training.distill import FineTuneResult, fine_tune
     from allmem_ops.training.engine import Distillation, Step, final_hidden
+    from allmem_ops.training.loop import Outcome, train
     from allmem_ops.training.rows import TokenRows
 
 _HOME = {
     "Distillation": "engine",
     "FineTuneResult": "distill",
+    "Outcome": "loop",
     "Step": "engine",
     "TokenRows": "rows",
     "final_hidden": "engine",
@@ -27,6 +29,7 @@ _HOME = {
     "latest_checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
+    "train": "loop",
 }
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "Distillation",
     "Draw",
     "FineTuneResult",
+    "Outcome",
     "Recipe",
     "Step",
     "TokenLosses",
@@ -46,6 +50,7 @@ __all__ = [
     "response_mask",
     "save_checkpoint",
     "token_losses",
+    "train",
     "wsd_factor",
 ]
 
