@@ -13,7 +13,9 @@ COPY = 3e12
 
 
 def _found(**ms: float) -> dict:
-    return {"directions": {"forward": {name.replace("_", " "): {"ms": value, "wall_ms": 2 * value} for name, value in ms.items()}}}
+    found = {name: {"ms": value, "wall_ms": 2 * value, "extra_peak_bytes": 5 * 10**6} for name, value in ms.items()}
+    found.get("loop", {})["wall_ms"] = 30.0
+    return {"directions": {"forward": found}}
 
 
 def _judged(gate: Gate, **ms: float) -> tuple[bool, bool, float]:
@@ -27,6 +29,7 @@ def test_a_ratio_is_the_peers_time_over_ours():
     assert _judged(gate, ours=1.0, flex=1.45) == (True, False, 1.45)
     assert _judged(gate, ours=1.0, flex=1.39) == (False, False, 1.39)
     assert _judged(gate, ours=1.0, flex=1.51) == (True, True, 1.51)
+    assert _judged(Gate(12.0, 17.0, "loop", unit="x as called"), ours=1.0, loop=1.0) == (True, False, 15.0)
 
 
 def test_times_are_upper_bounds_and_bandwidths_lower_ones():
@@ -34,6 +37,7 @@ def test_times_are_upper_bounds_and_bandwidths_lower_ones():
     assert _judged(Gate(0.4, 0.3, unit="ms"), ours=0.41)[:2] == (False, False)
     assert _judged(Gate(0.4, 0.3, unit="ms as called"), ours=0.21) == (False, False, 0.42)
     assert _judged(Gate(12.0, 12.0, unit="us"), ours=0.0121)[:2] == (False, False)
+    assert _judged(Gate(5.0, 4.0, unit="MB"), ours=1.0) == (True, False, 5.0)
     # 3 MB in 1.25 us is 2.4 TB/s, 80 % of 3 TB/s
     assert _judged(Gate(80.0, 80.0, unit="% of copy"), ours=1.24e-3)[:2] == (True, True)
     assert _judged(Gate(80.0, 80.0, unit="% of copy"), ours=1.26e-3)[:2] == (False, False)

@@ -23,6 +23,7 @@ from allmem_ops.ops.ttt_mlp.kernels.common import (
     store_public,
     store_three,
 )
+from allmem_ops.ops.ttt_mlp.kernels.pairs import prefetch
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def ttt_mlp_fwd_chain_kernel(
     sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e, sm_b, sm_t, sm_h,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
-    PREC: tl.constexpr, FAST: tl.constexpr,
+    AHEAD: tl.constexpr, PREC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Everything of the chain. Grid (groups * PARTS,): group i_g works on (sequence, head) i_g, i_g + groups, ... of X."""
     HP: tl.constexpr = HS // SP
@@ -111,14 +112,11 @@ def ttt_mlp_fwd_chain_kernel(
 
         for i_c in tl.range(0, written + KEEP):
             i_r = (slot + i_c) * H + i_h
-            if NORM != NONE:
-                # what a slower program still reads is not what is written next: two buffers by turns
-                size_down = row_sizes(rows + (i_c % 2) * X * (PARTS * D), i_x, o_d, D, PARTS, FAST)
-                if i_p == 0:
-                    tl.store(size + tl.cast(i_r, tl.int64) * (2 * HID + D) + 2 * HID + o_d, size_down, mask=o_d < D)
             p_gate, p_up, p_down = load_three(x, i_r, o_d, o_s, mask_s, D, HID)
             if NORM != NONE:
                 size_gate_s, size_up_s = load_sizes(size, i_r, o_s, D, HID)
+                # what a slower program still reads is not what is written next: two buffers by turns
+                size_down = row_sizes(rows + (i_c % 2) * X * (PARTS * D), i_x, o_d, D, PARTS, FAST)
                 p_gate, p_up, p_down = point(
                     p_gate, p_up, p_down, n_gate_s, n_up_s, n_down, size_gate_s, size_up_s, size_down, i_c, eps, NORM, FAST
                 )  # fmt: skip
@@ -128,7 +126,24 @@ def ttt_mlp_fwd_chain_kernel(
                 tl.cast(p_gate, dtype), tl.cast(p_up, dtype), tl.cast(p_down, dtype), start, stop, i_k, D, BT, SP, PREC, FAST,
             )  # fmt: skip
             if SP > 1:
+                # W and M of the program's own hidden units arrive while it waits; more of them than that would be spilled in the token
+                # loop, and are loaded below
+                b_mu = tl.load(mu_mean + i_r, mask=i_c < written, other=0.0, cache_modifier=".cg")
+                z_gate, z_up, z_down = load_three(m, i_x, o_d, o_h, mask, D, HID)
+                b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
+                if NORM != NONE:
+                    size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
                 store_three(slabs, i_x * SP + i_k, o_d, o_s, mask_s, d_gate, d_up, d_down, D, HID)
+            if NORM != NONE:
+                # after the loop: a branch before it would wait for the loads above
+                if i_p == 0:
+                    tl.store(size + tl.cast(i_r, tl.int64) * (2 * HID + D) + 2 * HID + o_d, size_down, mask=o_d < D)
+            # the first tiles of the next chunk come from memory while the programs wait for each other
+            start, stop = chunk_span(i_c + 1, length, held, chunk_size)
+            for i_t in tl.static_range(AHEAD):
+                prefetch(p_k + tl.cast(start, tl.int64) * sk_t, sk_t, (i_k + i_t * SP) * BT, stop - start, D, BT, FAST)
+                prefetch(p_v + tl.cast(start, tl.int64) * sv_t, sv_t, (i_k + i_t * SP) * BT, stop - start, D, BT, FAST)
+            if SP > 1:
                 target += PARTS
                 barrier(counter, target)
                 d_gate, d_up, d_down = sum_slabs(slabs, i_x, o_d, o_h, mask, D, HID, SP)
@@ -143,13 +158,14 @@ def ttt_mlp_fwd_chain_kernel(
                     target += PARTS
                     barrier(counter, target)
                     d_gate, d_up, d_down = clip(d_gate, d_up, d_down, p_squares, g_size, i_x, i_r, i_p, grad_clip, PARTS)
-                # W and M come from memory: kept in registers over the token loop they would be spilled
-                b_mu = tl.load(mu_mean + i_r, cache_modifier=".cg")
-                z_gate, z_up, z_down = load_three(m, i_x, o_d, o_h, mask, D, HID)
+                if SP == 1:
+                    b_mu = tl.load(mu_mean + i_r, cache_modifier=".cg")
+                    z_gate, z_up, z_down = load_three(m, i_x, o_d, o_h, mask, D, HID)
+                    b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
+                    if NORM != NONE:
+                        size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
                 z_gate, z_up, z_down = b_mu * z_gate + d_gate, b_mu * z_up + d_up, b_mu * z_down + d_down
-                b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
                 if NORM != NONE:
-                    size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
                     b_gate, b_up, b_down = point(
                         b_gate, b_up, b_down, n_gate, n_up, n_down, size_gate, size_up, size_down, i_c, eps, NORM, FAST
                     )  # fmt: skip
