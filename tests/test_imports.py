@@ -115,13 +115,20 @@ def _under(module: str, *packages: str) -> bool:
 
 # What a part of the package may not import: the parts above it.
 _ABOVE = {
-    "allmem_ops.ops": ["allmem_ops.layers", "allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo", "allmem_ops.cost"],
-    "allmem_ops.layers": ["allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo"],
-    "allmem_ops.cost": ["allmem_ops.layers", "allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo"],
+    "allmem_ops.ops": [
+        "allmem_ops.layers",
+        "allmem_ops.hf",
+        "allmem_ops.training",
+        "allmem_ops.demo",
+        "allmem_ops.cost",
+        "allmem_ops.inference",
+    ],
+    "allmem_ops.layers": ["allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo", "allmem_ops.inference"],
+    "allmem_ops.cost": ["allmem_ops.layers", "allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo", "allmem_ops.inference"],
     "allmem_ops.training": ["allmem_ops.evaluation", "allmem_ops.demo"],
     "allmem_ops.evaluation": ["allmem_ops.evaluate", "allmem_ops.demo"],
-    "allmem_ops.hf": ["allmem_ops.demo"],
-    "allmem_ops.testing": ["allmem_ops.layers", "allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo"],
+    "allmem_ops.hf": ["allmem_ops.demo", "allmem_ops.inference"],
+    "allmem_ops.testing": ["allmem_ops.layers", "allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo", "allmem_ops.inference"],
 }
 # Inside an operator: api -> registration -> chunk and kernels, never back.
 _BELOW_API = ["reference", "chunk", "registration", "kernels", "geometry", "layout", "chain", "state", "cache"]

@@ -9,6 +9,7 @@ from allmem_ops.hf.cache import AllMemCache
 from allmem_ops.hf.checkpoint import load_memory, save_memory
 from allmem_ops.hf.convert import convert, full_attention, memory_mode, memory_parameters, reconfigure, trainable_parameters
 from allmem_ops.hf.families import FAMILIES, Family
+from allmem_ops.hf.state_file import load_cache, save_cache
 
 __all__ = [
     "FAMILIES",
@@ -16,10 +17,12 @@ __all__ = [
     "Family",
     "convert",
     "full_attention",
+    "load_cache",
     "load_memory",
     "memory_mode",
     "memory_parameters",
     "reconfigure",
+    "save_cache",
     "save_memory",
     "trainable_parameters",
 ]

@@ -1,5 +1,6 @@
 """What runs inside a converted model: the attention function, the mask function and the hooks around them."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def prepare_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
     if not runtime.enabled:
         return None
     kwargs = {**dict(zip(_DECODER_ARGUMENTS, args, strict=False)), **kwargs}
-    active = kwargs.pop("allmem_active", None)
+    active, ended = kwargs.pop("allmem_active", None), kwargs.pop("allmem_ended", None)
     if kwargs.get("output_attentions") or decoder.config.output_attentions:
         fail("output_attentions", "must be False: sliding-window attention never forms the weights", True)
     source = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
@@ -64,6 +65,8 @@ def prepare_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
         cache = AllMemCache(_DecoderAsModel(decoder, runtime), batch)
         kwargs["past_key_values"] = cache
         layout = make_layout(runtime, inv_freq, batch, tokens, source.device, kwargs.get("attention_mask"), position_ids, cache)
+    if ended is not None:
+        layout = ended.leave_out(layout, kwargs.get("input_ids"))
     if position_ids is None and cache is not None and not cache.aligned:
         kwargs["position_ids"] = own_positions(layout, kwargs.get("attention_mask"))
     kwargs["use_cache"] = cache is not None
@@ -123,19 +126,21 @@ def swa_attention(
     if layer is None:
         o = swa(q, k, v, q_sinks=q_sinks, cu_seqlens=allmem.cu_seqlens, **options)
     elif allmem.cu_seqlens is None:
-        o = _attend_segment(q, k, v, q_sinks, layer.window, allmem.past, options)
+        position = allmem.past if allmem.cache.aligned else None
+        o = _attend_segment(q, k, v, q_sinks, layer.window, allmem.past, options, position)
     else:
         o = _attend_ragged(q, k, v, q_sinks, layer.window, allmem, options)
     return allmem.unpack(o), None
 
 
 def _attend_segment(
-    q: Tensor, k: Tensor, v: Tensor, q_sinks: Tensor | None, window: WindowCache, past: int, options: dict[str, Any]
-) -> Tensor:
-    """A segment after what the window holds; every row at the same position."""
+    q: Tensor, k: Tensor, v: Tensor, q_sinks: Tensor | None, window: WindowCache, past: int, options: dict[str, Any],
+    position: int | None = None,
+) -> Tensor:  # fmt: skip
+    """A segment after what the window holds; every row at the same position, which is read on the host where it is not given."""
     seen = (k, v)
     if past:
-        before = window.keys_values()
+        before = window.keys_values(position)
         k, v = (torch.cat(pair, 1) for pair in zip(before, seen, strict=True))
     o = swa(q, k, v, q_sinks=q_sinks, **options)
     window.append(seen[0].detach(), seen[1].detach())
@@ -204,6 +209,38 @@ def prepare_cache_for_generation(
         if not isinstance(cache, AllMemCache):
             fail("past_key_values", "must be an AllMemCache", type(cache).__name__)
         cache._is_user_defined = True  # generate looks for it, and then slices the prompt by what the cache has seen
+    # generate has made both of them for the whole prompt, and may then have dropped a mask that masks nothing.
+    whole = [model_kwargs[name] for name in ("attention_mask", "position_ids") if model_kwargs.get(name) is not None]
+    ends = generation_config.eos_token_id
+    if generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and whole and ends is not None:
+        ends = [ends] if isinstance(ends, int) else list(ends)
+        model_kwargs["allmem_ended"] = EndedRows(whole[0].shape[1], torch.tensor(ends, device=whole[0].device))
+
+
+@dataclass
+class EndedRows:
+    """The sequences of one `generate` call that have met an end token: from there on generate feeds padding, which no row shall take in.
+
+    The end token itself stays out too, as it does where generate stops with it.
+
+    Args:
+        prompt: tokens of the prompt, padding included.
+        ends: int64 [.], the end tokens.
+        rows: bool [B], or None before the first generated token.
+    """
+
+    prompt: int
+    ends: Tensor
+    rows: Tensor | None = None
+
+    def leave_out(self, layout: Layout, ids: Tensor | None) -> Layout:
+        """`layout` without the ended rows, where `ids` is a generated token a row."""
+        if layout.cache is None or layout.batch == 1 or layout.tokens != 1 or layout.past < self.prompt or ids is None:
+            return layout
+        ended = (ids == self.ends).any(-1)
+        self.rows = ended if self.rows is None else self.rows | ended
+        going, layout.cache.aligned = ~self.rows, False
+        return replace(layout, active=going if layout.active is None else layout.active & going)
 
 
 def install(model: PreTrainedModel, runtime: Runtime) -> None:

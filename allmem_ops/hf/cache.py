@@ -26,6 +26,12 @@ class AllMemCacheLayer:
         memory = None if self.memory is None else self.memory.index_select(rows)
         return AllMemCacheLayer(self.window.index_select(rows), memory, self.seen)
 
+    def copy_(self, rows: Tensor | Sequence[int], other: "AllMemCacheLayer", other_rows: Tensor | Sequence[int]) -> None:
+        self.window.copy_(rows, other.window, other_rows)
+        if self.memory is not None:
+            self.memory.copy_(rows, other.memory, other_rows)
+        self.seen = max(self.seen, other.seen)  # no row stands beyond it
+
     def reset(self, rows: Tensor | Sequence[int] | None) -> None:
         self.window.reset(rows)
         if self.memory is not None:
@@ -43,6 +49,12 @@ class AllMemCache(Cache):
 
     Pass it as `past_key_values`, segment by segment; `model.generate` and a plain `model(ids)` make one by themselves.
     It is updated in place. Tokens can't be taken back out of a memory, so `crop` and assisted decoding are refused.
+    `save_cache` and `load_cache` keep it in a file.
+
+    **Rows** stand for sequences, each at its own position: `fork` copies each one (several questions about one document), `evict`
+    empties one and `admit` puts another cache's sequence in its place, both without an allocation that stays. A row that a step
+    leaves out (`allmem_active`, bool [B], in the model's call; a 0 in a step's `attention_mask`; in `generate` and `Decoder` a
+    sequence that has ended) keeps every bit.
 
     Args:
         model: a converted model; gives window, sinks, chunk size, dtype and devices of this moment.
@@ -144,9 +156,43 @@ class AllMemCache(Cache):
         other.layers = [layer.index_select(rows) for layer in self.layers]
         return other
 
+    def clone(self) -> "AllMemCache":
+        """An independent copy."""
+        return self.index_select(range(self.batch_size))
+
+    def fork(self, copies: int) -> "AllMemCache":
+        """A new cache with every sequence `copies` times, side by side."""
+        check_int("copies", copies, 1)
+        return self.index_select([row for row in range(self.batch_size) for _ in range(copies)])
+
+    def copy_(self, rows: Tensor | Sequence[int], other: "AllMemCache", other_rows: Tensor | Sequence[int]) -> "AllMemCache":
+        """Overwrite sequence `rows[i]` with sequence `other_rows[i]` of `other`, in place; `rows` are distinct, `other` may be `self`.
+
+        Raises:
+            ValueError: `other` was made for another model, config, dtype or device; or a row that does not exist.
+        """
+        if not isinstance(other, AllMemCache):
+            fail("other", "must be an AllMemCache", type(other).__name__)
+        other.check_fits(self.config, len(self.layers), other.batch_size)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.copy_(rows, theirs, other_rows)
+        self.aligned = self.aligned and other.aligned and self.get_seq_length() == other.get_seq_length()
+        return self
+
+    def evict(self, row: int) -> None:
+        """Forget sequence `row`, in place; its row is free for another. The others keep every bit."""
+        self.reset([row])
+
+    def admit(self, row: int, other: "AllMemCache", other_row: int = 0) -> None:
+        """Put sequence `other_row` of `other`, a text that was read on its own, in the place of sequence `row`, in place."""
+        self.copy_([row], other, [other_row])
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: sequence `i` goes on from sequence `beam_idx[i]`."""
-        self.layers = [layer.index_select(beam_idx.to(layer.window.device)) for layer in self.layers]
+        """Beam search: sequence `i` goes on from sequence `beam_idx[i]`; in place where the batch size stays."""
+        if beam_idx.shape[0] == self.batch_size:
+            self.copy_(range(self.batch_size), self, beam_idx)
+        else:
+            self.layers = [layer.index_select(beam_idx) for layer in self.layers]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the sequences `indices`."""

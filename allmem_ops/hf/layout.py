@@ -95,6 +95,8 @@ def make_layout(
                 fail("position_ids", "must rise by 1 with a cache", "packed sequences", "Pass use_cache=False, or one sequence a row")
             indices, cu_seqlens = torch.arange(batch * tokens, device=device), starts
     if cache is not None:
+        if tokens > 1 and indices is None and not cache.aligned:
+            cache.align()
         if tokens > 1 and indices is None and not cache.aligned and batch > 1:
             lengths = (tokens,) * batch
             indices, cu_seqlens = torch.arange(batch * tokens, device=device), torch.arange(batch + 1, device=device) * tokens

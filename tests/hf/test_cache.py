@@ -1,5 +1,9 @@
 """One cache of constant size: steps, segments, batches with padding, packed sequences and `generate` equal one pass."""
 
+import gc
+import resource
+import sys
+
 import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
@@ -264,6 +268,159 @@ def test_cache_rows_reset_select_and_repeat(live):
 @torch.no_grad()
 def in_cache(model, cache, ids):
     return model(ids, past_key_values=cache).logits
+
+
+def row_tensors(cache, row):
+    """Every tensor of one sequence, by layer and name."""
+    found = {}
+    for index, layer in enumerate(cache.layers):
+        for part, state in (("window", layer.window), ("memory", layer.memory.memory), ("conv", layer.memory.conv)):
+            found |= {f"{index}.{part}.{name}": t[row].clone() for name, t in state.tensors().items()}
+    return found
+
+
+def assert_rows_equal(one, other):
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("segment", [1, 7, 512])
+def test_the_state_after_segments_is_that_of_one_pass(live, segment):
+    """Window, sinks, convolution, weights, momentum and open chunk; 601 tokens, so that every length leaves a shorter last one."""
+    ids, caches = tokens(1, 601), []
+    for length in (segment, 601):
+        caches.append(AllMemCache(live, 1))
+        with torch.no_grad():
+            for piece in ids.split(length, 1):
+                live(piece, past_key_values=caches[-1], logits_to_keep=1)
+    for layer in (layer for cache in caches for layer in cache.layers):
+        layer.memory.memory = layer.memory.memory.folded()
+    first, second = (row_tensors(cache, 0) for cache in caches)
+    for name, tensor in first.items():
+        if "tail_" not in name:  # what a folded tail held
+            torch.testing.assert_close(tensor, second[name], atol=3e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_forks_answer_apart_and_leave_the_original(live):
+    ids, questions = tokens(1, 20), tokens(3, 6, seed=8)
+    cache = AllMemCache(live, 1)
+    in_cache(live, cache, ids)
+    before, forks = row_tensors(cache, 0), cache.fork(3)
+    got = in_cache(live, forks, questions)
+    torch.testing.assert_close(got, one_pass(live, torch.cat([ids.expand(3, -1), questions], 1))[:, -6:], **CLOSE)
+    assert_rows_equal(before, row_tensors(cache, 0))
+    assert forks.nbytes == 3 * cache.nbytes
+    assert cache.clone().get_seq_length() == 20
+    with pytest.raises(ValueError, match="`copies` must be at least 1"):
+        cache.fork(0)
+
+
+def test_a_sequence_is_evicted_and_another_admitted(live):
+    """Row 1 of three makes room for a longer text that was read alone, past the trained length; then all go on together."""
+    model = awaken(convert(tiny_model(max_position_embeddings=24), tiny_config()))
+    ids, newcomer, more = tokens(3, 20), tokens(1, 31, seed=6), tokens(3, 5, seed=7)
+    cache, alone = AllMemCache(model, 3), AllMemCache(model, 1)
+    in_cache(model, cache, ids)
+    in_cache(model, alone, newcomer)
+    kept = [row_tensors(cache, row) for row in (0, 2)]
+    cache.evict(1)
+    assert cache.positions.tolist() == [20, 0, 20]
+    cache.admit(1, alone)
+    assert cache.positions.tolist() == [20, 31, 20]
+    assert_rows_equal(row_tensors(alone, 0), row_tensors(cache, 1))
+    for before, row in zip(kept, (0, 2), strict=True):
+        assert_rows_equal(before, row_tensors(cache, row))
+    got = torch.cat([in_cache(model, cache, part) for part in more.split([1, 1, 3], 1)], 1)
+    for row, text in enumerate((ids[0], newcomer[0], ids[2])):
+        torch.testing.assert_close(got[row], one_pass(model, torch.cat([text, more[row]])[None])[0, -5:], **CLOSE)
+    with pytest.raises(ValueError, match=r"`rows` must lie in \[0, 3\)"):
+        cache.admit(3, alone)
+    with pytest.raises(ValueError, match="`other` must be an AllMemCache"):
+        cache.admit(1, DynamicCache())
+    with pytest.raises(ValueError, match="must have been made with the model's present AllMemConfig"):
+        cache.admit(1, AllMemCache(awaken(convert(tiny_model(), tiny_config(window=5))), 1))
+
+
+def test_ten_thousand_admissions_leave_no_trace():
+    """Same storage, same bytes, same number of Python objects, same memory of the process."""
+    model = awaken(convert(tiny_model(num_hidden_layers=1), tiny_config()))
+    cache, other = AllMemCache(model, 2), AllMemCache(model, 1)
+    in_cache(model, cache, tokens(2, 20))
+    in_cache(model, other, tokens(1, 9))
+    layer = cache.layers[0]
+    places = [t.data_ptr() for t in (*layer.window.tensors().values(), *layer.memory.memory.tensors().values())]
+    size, neighbour, marks = cache.nbytes, row_tensors(cache, 0), []
+    for cycle in range(10_001):
+        cache.evict(1)
+        cache.admit(1, other)
+        if cycle in (1_000, 10_000):
+            gc.collect()
+            marks.append((len(gc.get_objects()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    assert cache.nbytes == size
+    assert places == [t.data_ptr() for t in (*layer.window.tensors().values(), *layer.memory.memory.tensors().values())]
+    assert_rows_equal(neighbour, row_tensors(cache, 0))
+    assert_rows_equal(row_tensors(other, 0), row_tensors(cache, 1))
+    (objects, peak), (objects_after, peak_after) = marks
+    assert objects_after - objects < 50
+    unit = 1024 if sys.platform != "darwin" else 1  # Linux counts in KB
+    assert (peak_after - peak) * unit < 4 * 2**20
+
+
+def test_rows_that_a_step_leaves_out_keep_every_bit(live):
+    cache = AllMemCache(live, 3)
+    in_cache(live, cache, tokens(3, 20))
+    before = [row_tensors(cache, row) for row in range(3)]
+    active = torch.tensor([True, False, True])
+    with torch.no_grad():
+        live(tokens(3, 1), past_key_values=cache, allmem_active=active)
+    assert cache.positions.tolist() == [21, 20, 21]
+    assert_rows_equal(before[1], row_tensors(cache, 1))
+    for row in (0, 2):
+        assert not torch.equal(before[row]["0.conv.inputs"], row_tensors(cache, row)["0.conv.inputs"])
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("prefill_chunk_size", [None, 5])
+def test_generate_writes_nothing_into_sequences_that_have_ended(live, sample, prefill_chunk_size):
+    """A sequence ends early in a batch: its state is that of a run alone. Its prompt holds end tokens too, which count as text."""
+    ids = tokens(3, 16)
+    options = {"max_new_tokens": 14, "do_sample": sample, "pad_token_id": 0}
+    options |= {"top_k": 1} if sample else {}  # one token to draw from: the greedy one
+    free = live.generate(ids, eos_token_id=[], **options)
+    end = free[1, 19].item()
+    ids[1, 3] = ids[1, 15] = ids[0, 15] = end
+    free = live.generate(ids, **options)
+    end_at = [row[16:].tolist().index(end) if end in row[16:] else 14 for row in free]
+    if prefill_chunk_size is not None:
+        options |= {"prefill_chunk_size": prefill_chunk_size, "past_key_values": AllMemCache(live, 3)}
+    out = live.generate(ids, eos_token_id=end, return_dict_in_generate=True, **options)
+    stops = max(min(n + 1, 14) for n in end_at)
+    assert len(set(end_at)) > 1, "the sequences end at different places"
+    cache = out.past_key_values
+    assert cache.positions.tolist() == [16 + min(n, stops - 1) for n in end_at]
+    for row, n in enumerate(end_at):
+        alone = AllMemCache(live, 1)
+        text = free[row : row + 1, : 16 + min(n, stops - 1)]
+        in_cache(live, alone, text[:, :16])
+        for token in text[:, 16:].T[:, None]:
+            in_cache(live, alone, token)
+        ours, expected = row_tensors(cache, row), row_tensors(alone, 0)
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, expected[name], atol=2e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_beams_are_reordered_in_place(live):
+    cache = AllMemCache(live, 3)
+    in_cache(live, cache, tokens(3, 20))
+    before = [row_tensors(cache, row) for row in range(3)]
+    place = cache.layers[0].window.ring_k.data_ptr()
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert cache.layers[0].window.ring_k.data_ptr() == place
+    for row, source in enumerate((2, 0, 0)):
+        assert_rows_equal(before[source], row_tensors(cache, row))
+    cache.batch_select_indices(torch.tensor([1]))
+    assert cache.batch_size == 1
+    assert_rows_equal(before[0], row_tensors(cache, 0))
 
 
 def test_what_a_constant_cache_cannot_do_is_refused(live):

@@ -163,18 +163,23 @@ class WindowCache(RowState):
         put((self.ring_k, self.ring_v), slice(max(T - self.window, 0), T), self.sinks, False)
         self.positions += T if active is None else T * active
 
-    def keys_values(self) -> tuple[Tensor, Tensor]:
+    def keys_values(self, position: int | None = None) -> tuple[Tensor, Tensor]:
         """The tokens held, in order: the sinks, then the last `window` of the others; k and v [B, n, HK, D], copies.
 
-        For prompts: it reads the positions on the host, because the shape of the result depends on them. `swa_step` does not.
+        For prompts: the shape of the result depends on the positions, so they are read on the host. `swa_step` does not.
+
+        Args:
+            position: that of all sequences, where the caller knows it: nothing is read then, and nothing checked.
 
         Raises:
             ValueError: the sequences are at different positions, so that they hold different numbers of tokens.
         """
-        positions = self.positions.tolist()
-        if len(set(positions)) > 1:
-            fail("positions", "must be equal to read keys and values as one tensor", positions, "Use index_select(rows) to read rows alone")
-        position = positions[0]
+        if position is None:
+            positions = self.positions.tolist()
+            if len(set(positions)) > 1:
+                hint = "Use index_select(rows) to read rows alone"
+                fail("positions", "must be equal to read keys and values as one tensor", positions, hint)
+            position = positions[0]
         sinks, ring = min(position, self.sinks), min(max(position - self.sinks, 0), self.window)
         slots = torch.arange(position - self.sinks - ring, position - self.sinks, device=self.device) % self.window
         return tuple(
