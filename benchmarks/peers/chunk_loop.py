@@ -22,7 +22,7 @@ class Memory(NamedTuple):
 def chunk_step(
     q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, memory: Memory, norms: tuple[Tensor, ...]
 ) -> tuple[Tensor, Memory]:
-    """One chunk: o [X, c, d] and the memory after it. q, k, v [X, c, d]; eta [X, c, 3]; mu [X, c]; norms: row norms of the first weights."""
+    """o [X, c, d] of one chunk and the memory after it. q, k, v [X, c, d]; eta [X, c, 3]; mu [X, c]; norms: of the first weights' rows."""
     weights, momentum = memory
     gate, up, down = (w.to(q.dtype) for w in weights)
     o = torch.bmm(silu(torch.bmm(q, gate.mT)) * torch.bmm(q, up.mT), down.mT)
