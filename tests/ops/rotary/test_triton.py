@@ -69,11 +69,11 @@ def test_every_form_equals_the_reference(case: Case):
 
 
 ODD = [
-    Case(tokens=23, heads=9, heads_kv=3, width=24),  # a tile with heads of q and of k
+    Case(tokens=7, heads=9, heads_kv=3, width=24),  # a tile with heads of q and of k
     Case(tokens=1, heads=1, heads_kv=1, width=2),
-    Case(tokens=33, heads=4, heads_kv=1, width=96, batch=1),
+    Case(tokens=17, heads=4, heads_kv=1, width=96, batch=1),
     Case(tokens=9, heads=5, heads_kv=0, width=20),
-    Case(tokens=17, heads=7, heads_kv=7, width=10, norms=False),
+    Case(tokens=9, heads=7, heads_kv=7, width=10, norms=False),
     Case(batch=3, tokens=9, heads=6, heads_kv=2, width=16, spread=True),
 ]
 
@@ -147,7 +147,7 @@ def test_outputs_without_a_gradient_count_as_zero(device: torch.device):
 
 
 def test_two_runs_give_the_same_bits(device: torch.device):
-    case = Case(tokens=4001 if CUDA else 40, heads=9, heads_kv=3, width=64)
+    case = Case(tokens=4001 if CUDA else 20, heads=9, heads_kv=3, width=64)
     x = to(case.inputs(torch.float32), device)
     first, second = (gradients(call(case, x, "triton"), x) for _ in range(2))
     for name, grad in first.items():
@@ -271,7 +271,7 @@ FAULTS = {
     "a norm over half a head": (rows, "b_x1 * b_x1 + b_x2 * b_x2", "b_x1 * b_x1"),
     "q's weight for k": (rows, "tl.where(m_q, b_q1, b_k1)", "b_q1"),
     "every sequence at the first one's positions": (fwd, "p_cos += i_b * s_cos_b", "p_cos += 0"),
-    "keys in the place of the next token's": (fwd, "(o_t * HK + (o_h - HQ))", "(o_t * HK + o_h)"),
+    "all keys in the first head's place": (fwd, "(o_t * HK + (o_h - HQ))", "(o_t * HK + (o_h - HQ) * 0)"),
     "the gradient turned forwards": (bwd, "b_dy1 * b_cos + b_dy2 * b_sin", "b_dy1 * b_cos - b_dy2 * b_sin"),
     "the mean's term": (bwd, "b_n1 * b_mean", "b_n1 * 0.0"),
     "v's gradient turned": (bwd, "tl.where(m_v, b_v2, b_dx2)", "b_dx2"),
@@ -279,7 +279,7 @@ FAULTS = {
     "k's part of the weight's gradient in q's": (bwd, "tl.where(m_q, b_sum2, 0.0)", "b_sum2"),
     "sums of the first program only": (bwd, "column_sums(p_sums, programs,", "column_sums(p_sums, 1,"),
 }
-FORM = Case(tokens=11, heads=3, heads_kv=2, width=12, spread=True)
+FORM = Case(tokens=5, heads=3, heads_kv=2, width=6, spread=True)
 
 
 def _largest_difference(kernels: dict) -> float:
@@ -294,7 +294,7 @@ def _largest_difference(kernels: dict) -> float:
             patch.setattr(launch, name, kernel)
         got = call(FORM, x, "triton")
         got = [*got[:2], *gradients(got, x).values()]
-    return max((a - b).abs().max().item() for a, b in zip(got, want, strict=True))
+    return torch.stack([(a - b).abs().max() for a, b in zip(got, want, strict=True)]).max().item()  # NaN stays NaN
 
 
 def test_the_comparison_passes_without_a_fault():
