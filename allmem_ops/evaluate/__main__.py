@@ -78,9 +78,9 @@ def check(options: argparse.Namespace) -> None:
     for key in ("adapter", "linear"):
         if key in options.arms and getattr(options, key) is None:
             raise Problem(f"--arms {key} needs --{key} CHECKPOINT")
-    for name, files in (("memory", ("memory.safetensors", "memory.json")), ("adapter", ("memory.safetensors", "memory.json"))):
+    for name in ("memory", "adapter", "linear"):
         folder = getattr(options, name)
-        absent = [] if folder is None else [file for file in files if not (folder / file).is_file()]
+        absent = [] if folder is None else [file for file in ("memory.safetensors", "memory.json") if not (folder / file).is_file()]
         if absent:
             raise Problem(f"--{name} {folder} holds no {absent[0]}: it must be a folder that allmem_ops.hf.save_memory wrote")
     if options.chunk > options.window:
@@ -229,12 +229,14 @@ def convert_model(model: Any, options: argparse.Namespace) -> None:
 
 def make_arms(model: Any, options: argparse.Namespace) -> list[Any]:
     """The arms that were asked for."""
-    from allmem_ops.evaluation.arms import ARMS, adapter_arm, ntk_arm
+    from allmem_ops.evaluation.arms import ARMS, adapter_arm, linear_arm, ntk_arm
+    from allmem_ops.evaluation.linear import load_linear
     from allmem_ops.hf.checkpoint import read_memory
 
     special: dict[str, Callable[[], Any]] = {
         "ntk": lambda: ntk_arm(options.ntk_factor),
         "adapter": lambda: adapter_arm(read_memory(model, options.adapter)),
+        "linear": lambda: linear_arm(load_linear(model, options.linear)),
     }
     return [ARMS[key] if key in ARMS else special[key]() for key in options.arms]
 

@@ -82,10 +82,7 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Pr
     Raises:
         ValueError: files that are missing or damaged, another base model, or another config; the message gives the reason.
     """
-    directory = Path(directory)
-    description, tensors = _read(directory)
-    config = AllMemConfig.from_dict(description["config"])
-    _check_base(description["base"], _describe(model))
+    config, tensors = read_tensors(model, directory)
     converted = hasattr(getattr(model, family_of(model).decoder), ATTRIBUTE)
     if converted:
         current = runtime_of(model).config
@@ -115,17 +112,26 @@ def read_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> di
     Raises:
         ValueError: `model` is not converted; files that are missing or damaged, another base model, or another config.
     """
-    directory = Path(directory)
     current = runtime_of(model).config
-    description, tensors = _read(directory)
-    config = AllMemConfig.from_dict(description["config"])
-    _check_base(description["base"], _describe(model))
+    config, tensors = read_tensors(model, directory)
     differ = [name for name, value in config.to_dict().items() if name not in _FREE and getattr(current, name) != value]
     if differ:
         saved, now = ({name: getattr(c, name) for name in differ} for c in (config, current))
         fail("directory", f"must hold a memory of the model's form ({now})", saved)
     _check_shapes(tensors, _memory_shapes(model, config))
     return tensors
+
+
+def read_tensors(model: PreTrainedModel, directory: str | os.PathLike[str]) -> tuple[AllMemConfig, dict[str, torch.Tensor]]:
+    """The saved config and tensors, checked against the base model and nothing else.
+
+    Raises:
+        ValueError: files that are missing or damaged, or another base model.
+    """
+    description, tensors = _read(Path(directory))
+    config = AllMemConfig.from_dict(description["config"])
+    _check_base(description["base"], _describe(model))
+    return config, tensors
 
 
 def _check_shapes(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
