@@ -21,7 +21,7 @@ from allmem_ops._validation import (
 )
 from allmem_ops.ops.memory_input import registration
 from allmem_ops.ops.memory_input.chunk import tail_after
-from allmem_ops.ops.memory_input.reference import memory_input_reference
+from allmem_ops.ops.memory_input.reference import Inputs, Options, memory_input_reference
 from allmem_ops.ops.memory_input.state import ConvTail
 from allmem_ops.ops.precision import accumulator_dtype
 
@@ -122,24 +122,11 @@ def memory_input(
         dims["N"] = cu_seqlens.shape[0] - 1
     tail = None if initial_state is None else _check_state("initial_state", initial_state, projected, dims)
     chosen = _choose(impl, projected, dims["d"])
-    outputs = _OPS[chosen](
-        projected,
-        conv_weight,
-        head_bias,
-        q_norm,
-        k_norm,
-        tail,
-        cu_seqlens,
-        heads,
-        qk_activation == "silu",
-        l2,
-        float(norm_eps),
-        float(l2_eps),
-    )
+    inputs = Inputs(projected, conv_weight, head_bias, q_norm, k_norm, tail, cu_seqlens)
+    outputs = _OPS[chosen](inputs, Options(heads, qk_activation == "silu", l2, float(norm_eps), float(l2_eps)))
     state = None
     if output_final_state:
-        inputs = projected[..., : dims["C"]].detach()
-        state = ConvTail(tail_after(inputs, tail, cu_seqlens, dims["K"] - 1))
+        state = ConvTail(tail_after(projected[..., : dims["C"]].detach(), tail, cu_seqlens, dims["K"] - 1))
     return _result(outputs, state)
 
 
@@ -194,12 +181,12 @@ def memory_input_step(
         check_device("active", active, projected.device, "projected")
     tail = _check_state("state", state, projected, dims)
     chosen = _choose(impl, projected, dims["d"])
-    options = heads, qk_activation == "silu", l2, float(norm_eps), float(l2_eps)
+    options = Options(heads, qk_activation == "silu", l2, float(norm_eps), float(l2_eps))
     with torch.no_grad():
         if chosen == "triton" and dims["T"] <= _ONE_PROGRAM_TOKENS and tail.is_contiguous():
             outputs = registration.memory_input_step_triton(projected, conv_weight, head_bias, q_norm, k_norm, tail, active, *options)
         else:
-            outputs = _OPS[chosen](projected, conv_weight, head_bias, q_norm, k_norm, tail, None, *options)
+            outputs = _OPS[chosen](Inputs(projected, conv_weight, head_bias, q_norm, k_norm, tail, None), options)
             after = tail_after(projected[..., : dims["C"]], tail, None, dims["K"] - 1)
             tail.copy_(after if active is None else torch.where(active[:, None, None], after, tail))
     return _result(outputs, state)
@@ -207,7 +194,7 @@ def memory_input_step(
 
 _OPS = {
     "reference": memory_input_reference,
-    "chunk": registration.memory_input_chunk,
+    "chunk": registration.run_chunk,
     "triton": registration.run_triton,
 }
 

@@ -1,9 +1,12 @@
 """`memory_input` in plain vectorised PyTorch, forward and a backward that starts from the inputs alone; and the tail after a call."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from allmem_ops.ops.memory_input.reference import Inputs, Options
 from allmem_ops.ops.precision import accumulator_dtype
 
 
@@ -102,76 +105,49 @@ def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
 
 
-def input_forward(
-    projected: Tensor,
-    conv_weight: Tensor,
-    head_bias: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    tail: Tensor | None,
-    cu_seqlens: Tensor | None,
-    heads: int,
-    silu: bool,
-    l2: bool,
-    norm_eps: float,
-    l2_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def input_forward(inputs: Inputs, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, k, v [B, T, H, d], eta [B, T, H, 3], mu [B, T, H], gate logits [B, T, G]."""
+    projected, conv_weight, head_bias, q_norm, k_norm, tail, cu_seqlens = inputs
     dtype, wide = projected.dtype, accumulator_dtype(projected.dtype)
     channels, taps = conv_weight.shape
     x, logits = projected.split([channels, head_bias.shape[0]], -1)
     padded, row = _padded(x, tail, cu_seqlens, taps - 1)
     c = _convolved(padded.to(wide), conv_weight.to(wide), row)
-    q, k, v = c.unflatten(-1, (3, heads, -1)).unbind(2)
-    if silu:
+    q, k, v = c.unflatten(-1, (3, o.heads, -1)).unbind(2)
+    if o.silu:
         q, k = F.silu(q), F.silu(k)
-    q = _normalised(q, _wide(q_norm, wide), l2, norm_eps, l2_eps)
-    k = _normalised(k, _wide(k_norm, wide), l2, norm_eps, l2_eps)
-    eta, mu, gate = (logits.to(wide) + head_bias.to(wide)).split([3 * heads, heads, logits.shape[-1] - 4 * heads], -1)
-    outputs = q.to(dtype), k.to(dtype), F.silu(v).to(dtype), F.softplus(eta).unflatten(-1, (heads, 3)), mu.sigmoid(), gate.to(dtype)
-    return tuple(o.clone(memory_format=torch.contiguous_format) for o in outputs)
+    q = _normalised(q, _wide(q_norm, wide), o.l2, o.norm_eps, o.l2_eps)
+    k = _normalised(k, _wide(k_norm, wide), o.l2, o.norm_eps, o.l2_eps)
+    eta, mu, gate = (logits.to(wide) + head_bias.to(wide)).split([3 * o.heads, o.heads, logits.shape[-1] - 4 * o.heads], -1)
+    results = q.to(dtype), k.to(dtype), F.silu(v).to(dtype), F.softplus(eta).unflatten(-1, (o.heads, 3)), mu.sigmoid(), gate.to(dtype)
+    return tuple(y.clone(memory_format=torch.contiguous_format) for y in results)
 
 
 def input_backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    deta: Tensor,
-    dmu: Tensor,
-    dgate: Tensor,
-    projected: Tensor,
-    conv_weight: Tensor,
-    head_bias: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    tail: Tensor | None,
-    cu_seqlens: Tensor | None,
-    heads: int,
-    silu: bool,
-    l2: bool,
-    norm_eps: float,
-    l2_eps: float,
+    output_gradients: Sequence[Tensor], inputs: Inputs, o: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of projected, conv_weight, head_bias, q_norm and k_norm (None where the argument is); the tail gets none."""
+    dq, dk, dv, deta, dmu, dgate = output_gradients
+    projected, conv_weight, head_bias, q_norm, k_norm, tail, cu_seqlens = inputs
     wide = accumulator_dtype(projected.dtype)
     x, logits = projected.split([conv_weight.shape[0], head_bias.shape[0]], -1)
     padded, row = _padded(x, tail, cu_seqlens, conv_weight.shape[1] - 1)
     padded, weight = padded.to(wide), conv_weight.to(wide)
-    c = _convolved(padded, weight, row).unflatten(-1, (3, heads, -1)).unbind(2)
+    c = _convolved(padded, weight, row).unflatten(-1, (3, o.heads, -1)).unbind(2)
 
     gradients, norm_gradients = [], []
     for do, c_i, norm in zip((dq, dk, dv), c, (q_norm, k_norm, None), strict=True):
         is_v, do = c_i is c[2], do.to(wide)
-        s = torch.sigmoid(c_i) if silu or is_v else None
+        s = torch.sigmoid(c_i) if o.silu or is_v else None
         y = c_i if s is None else c_i * s
         dweight = None
         if not is_v:
-            do, dweight = _normalised_backward(do, y, _wide(norm, wide), l2, norm_eps, l2_eps)
+            do, dweight = _normalised_backward(do, y, _wide(norm, wide), o.l2, o.norm_eps, o.l2_eps)
         norm_gradients.append(None if dweight is None else dweight.to(norm.dtype))
         gradients.append(do if s is None else do * (s + y * (1 - s)))
     dx, dweight = _convolved_backward(torch.stack(gradients, 2).flatten(2), padded, weight, row)
 
-    s = torch.sigmoid(logits.to(wide) + head_bias.to(wide)).split([3 * heads, heads, logits.shape[-1] - 4 * heads], -1)
+    s = torch.sigmoid(logits.to(wide) + head_bias.to(wide)).split([3 * o.heads, o.heads, logits.shape[-1] - 4 * o.heads], -1)
     dlogits = torch.cat([deta.flatten(2) * s[0], dmu * s[1] * (1 - s[1]), dgate.to(wide)], -1)
     dprojected = torch.cat([dx, dlogits], -1).to(projected.dtype)
     return dprojected, dweight.to(conv_weight.dtype), dlogits.sum((0, 1)).to(head_bias.dtype), *norm_gradients[:2]

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 from allmem_ops.ops.eager import direct
 from allmem_ops.ops.inplace import in_place_op, mark_changed
 from allmem_ops.ops.memory_input.chunk import input_backward, input_forward
+from allmem_ops.ops.memory_input.reference import Inputs, Options
 from allmem_ops.ops.precision import accumulator_dtype
 
 # Channels of a head at most: the kernels keep a head's row in one tile.
@@ -19,96 +20,35 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("allmem_ops::memory_input_chunk", mutates_args=())
-def memory_input_chunk(
-    projected: Tensor,
-    conv_weight: Tensor,
-    head_bias: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    tail: Tensor | None,
-    cu_seqlens: Tensor | None,
-    heads: int,
-    silu: bool,
-    l2: bool,
-    norm_eps: float,
-    l2_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return input_forward(projected, conv_weight, head_bias, q_norm, k_norm, tail, cu_seqlens, heads, silu, l2, norm_eps, l2_eps)
+_TENSORS = "Tensor projected, Tensor conv_weight, Tensor head_bias, Tensor? q_norm, Tensor? k_norm, Tensor? tail, Tensor? cu_seqlens"
+_OPTIONS = "int heads, bool silu, bool l2, float norm_eps, float l2_eps"
+_GRADIENTS = "Tensor dq, Tensor dk, Tensor dv, Tensor deta, Tensor dmu, Tensor dgate"
+_FORWARD = f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_BACKWARD = f"({_GRADIENTS}, {_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
-@torch.library.custom_op("allmem_ops::memory_input_chunk_bwd", mutates_args=())
-def memory_input_chunk_bwd(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    deta: Tensor,
-    dmu: Tensor,
-    dgate: Tensor,
-    projected: Tensor,
-    conv_weight: Tensor,
-    head_bias: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    tail: Tensor | None,
-    cu_seqlens: Tensor | None,
-    heads: int,
-    silu: bool,
-    l2: bool,
-    norm_eps: float,
-    l2_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = dq, dk, dv, deta, dmu, dgate
-    inputs = projected, conv_weight, head_bias, q_norm, k_norm, tail, cu_seqlens
-    return _present(projected, input_backward(*gradients, *inputs, heads, silu, l2, norm_eps, l2_eps))
+@torch.library.custom_op("allmem_ops::memory_input_chunk", mutates_args=(), schema=_FORWARD)
+def memory_input_chunk(*args: Any) -> Outputs:
+    return input_forward(Inputs(*args[:7]), Options(*args[7:]))
 
 
-@torch.library.custom_op("allmem_ops::memory_input_triton", mutates_args=())
-def memory_input_triton(
-    projected: Tensor,
-    conv_weight: Tensor,
-    head_bias: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    tail: Tensor | None,
-    cu_seqlens: Tensor | None,
-    heads: int,
-    silu: bool,
-    l2: bool,
-    norm_eps: float,
-    l2_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op("allmem_ops::memory_input_chunk_bwd", mutates_args=(), schema=_BACKWARD)
+def memory_input_chunk_bwd(*args: Any) -> Grads:
+    return _present(args[6], input_backward(args[:6], Inputs(*args[6:13]), Options(*args[13:])))
+
+
+@torch.library.custom_op("allmem_ops::memory_input_triton", mutates_args=(), schema=_FORWARD)
+def memory_input_triton(*args: Any) -> Outputs:
     from allmem_ops.ops.memory_input.launch import launch_forward
 
-    return launch_forward(projected, conv_weight, head_bias, q_norm, k_norm, tail, cu_seqlens, heads, silu, l2, norm_eps, l2_eps)
+    return launch_forward(Inputs(*args[:7]), Options(*args[7:]))
 
 
-@torch.library.custom_op("allmem_ops::memory_input_triton_bwd", mutates_args=())
-def memory_input_triton_bwd(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    deta: Tensor,
-    dmu: Tensor,
-    dgate: Tensor,
-    projected: Tensor,
-    conv_weight: Tensor,
-    head_bias: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    tail: Tensor | None,
-    cu_seqlens: Tensor | None,
-    heads: int,
-    silu: bool,
-    l2: bool,
-    norm_eps: float,
-    l2_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op("allmem_ops::memory_input_triton_bwd", mutates_args=(), schema=_BACKWARD)
+def memory_input_triton_bwd(*args: Any) -> Grads:
     from allmem_ops.ops.memory_input.launch import launch_backward
 
-    gradients = dq, dk, dv, deta, dmu, dgate
-    inputs = projected, conv_weight, head_bias, q_norm, k_norm, tail, cu_seqlens
-    return _present(projected, launch_backward(*gradients, *inputs, heads, silu, l2, norm_eps, l2_eps))
+    return _present(args[6], launch_backward(args[:6], Inputs(*args[6:13]), Options(*args[13:])))
 
 
 @in_place_op("allmem_ops::memory_input_step_triton", mutates_args=("tail",))
@@ -130,7 +70,8 @@ def memory_input_step_triton(
     from allmem_ops.ops.memory_input.launch import launch_step
 
     mark_changed((tail,))
-    return launch_step(projected, conv_weight, head_bias, q_norm, k_norm, tail, active, heads, silu, l2, norm_eps, l2_eps)
+    inputs = Inputs(projected, conv_weight, head_bias, q_norm, k_norm, tail, None)
+    return launch_step(inputs, active, Options(heads, silu, l2, norm_eps, l2_eps))
 
 
 def _present(like: Tensor, grads: tuple[Tensor | None, ...]) -> Grads:
@@ -156,23 +97,24 @@ def _fake_bwd(*args: Any) -> Grads:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Outputs | None) -> None:
-    tensors, ctx.options = inputs[:7], inputs[7:]
-    ctx.save_for_backward(*tensors)
+    ctx.options = Options(*inputs[7:])
+    ctx.save_for_backward(*inputs[:7])
 
 
-def _autograd(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    def run(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        grads = backward(*gradients, *inputs, *ctx.options)
-        return *(None if x is None else g for x, g in zip(inputs[:5], grads, strict=True)), *[None] * 7
-
-    return run
+def _backward(ctx: Any, run: Callable[[Inputs], tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+    """What autograd wants: a gradient for each argument, None for those that have none."""
+    inputs = Inputs(*ctx.saved_tensors)
+    return *(None if x is None else g for x, g in zip(inputs[:5], run(inputs), strict=True)), *[None] * 7
 
 
-for _forward, _backward in ((memory_input_chunk, memory_input_chunk_bwd), (memory_input_triton, memory_input_triton_bwd)):
-    _forward.register_fake(_fake)
-    _backward.register_fake(_fake_bwd)
-    _forward.register_autograd(_autograd(_backward), setup_context=_setup_context)
+def _autograd(backward: Callable[..., Grads]) -> Callable[..., tuple[Tensor | None, ...]]:
+    return lambda ctx, *gradients: _backward(ctx, lambda inputs: backward(*gradients, *inputs, *ctx.options))
+
+
+for _forward_op, _backward_op in ((memory_input_chunk, memory_input_chunk_bwd), (memory_input_triton, memory_input_triton_bwd)):
+    _forward_op.register_fake(_fake)
+    _backward_op.register_fake(_fake_bwd)
+    _forward_op.register_autograd(_autograd(_backward_op), setup_context=_setup_context)
 
 torch.library.register_fake("allmem_ops::memory_input_step_triton")(_fake)
 
@@ -181,30 +123,35 @@ class _Direct(torch.autograd.Function):
     """`memory_input_triton` without the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Outputs:
+    def forward(ctx: Any, *args: Any) -> Outputs:
         from allmem_ops.ops.memory_input.launch import launch_forward
 
-        _setup_context(ctx, inputs, None)
-        return launch_forward(*inputs)
+        _setup_context(ctx, args, None)
+        return launch_forward(Inputs(*args[:7]), Options(*args[7:]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from allmem_ops.ops.memory_input.launch import launch_backward
 
-        return _autograd(launch_backward)(ctx, *gradients)
+        return _backward(ctx, lambda inputs: launch_backward(gradients, inputs, ctx.options))
 
 
-def run_triton(*inputs: Any) -> Outputs:
+def run_chunk(inputs: Inputs, options: Options) -> Outputs:
+    """`memory_input_chunk`."""
+    return memory_input_chunk(*inputs, *options)
+
+
+def run_triton(inputs: Inputs, options: Options) -> Outputs:
     """`memory_input_triton`, around torch's dispatcher where nobody watches."""
-    tensors = [x for x in inputs[:7] if x is not None]
+    tensors = [x for x in inputs if x is not None]
     if not direct(*tensors):
-        return memory_input_triton(*inputs)
+        return memory_input_triton(*inputs, *options)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return _Direct.apply(*inputs)
+        return _Direct.apply(*inputs, *options)
     from allmem_ops.ops.memory_input.launch import launch_forward
 
-    return launch_forward(*inputs)
+    return launch_forward(inputs, options)
 
 
 def _flops(projected: Tensor, conv_weight: Tensor, *_: Any, **__: Any) -> int:

@@ -13,6 +13,7 @@ import torch
 from allmem_ops.ops.fusion import launch as fusion
 from allmem_ops.ops.kernels import launcher
 from allmem_ops.ops.memory_input import launch as memory_input
+from allmem_ops.ops.memory_input.reference import Inputs, Options
 from allmem_ops.testing.aot import absent_gpu
 
 seen, launches = {}, []
@@ -47,19 +48,20 @@ with absent_gpu("sm90"):
         rest = draw(H * d, present=flip()), draw(B, T, gates, dtype=dtype, present=gates > 0), draw(d, present=norm)
         fusion.launch_forward(draw(B, T, H * d, dtype=dtype, present=flip()), memory, *rest, 1e-6)
         fusion.launch_backward(draw(B, T, H * d, dtype=dtype), memory, *rest, 1e-6)
-    for _ in range(100):
+    for _ in range(160):
         T, H, d, taps, G = random.choice((1, 2, 16, 17, 33)), random.choice((1, 3)), random.choice((4, 5, 16)), random.choice((1, 2, 4)), 3
         dtype, norm, N, tail = random.choice((torch.float32, torch.float16)), flip(), 2, None
         offsets = torch.tensor([0, 1, T]) if flip() else None
         if flip():
             tail = torch.empty(N if offsets is not None else 1, taps - 1, 3 * H * d, dtype=dtype)
         parameters = draw(3 * H * d, taps), draw(4 * H + G), draw(d, present=norm), draw(d, present=norm)
-        projected, options = draw(1, T, 3 * H * d + 4 * H + G, dtype=dtype), (H, flip(), flip(), 1e-6, 1e-6)
-        memory_input.launch_forward(projected, *parameters, tail, offsets, *options)
+        projected, options = draw(1, T, 3 * H * d + 4 * H + G, dtype=dtype), Options(H, flip(), flip(), 1e-6, 1e-6)
+        memory_input.launch_forward(Inputs(projected, *parameters, tail, offsets), options)
         gradients = [draw(1, T, H, d, dtype=dtype) for _ in range(3)] + [draw(1, T, H, 3), draw(1, T, H), draw(1, T, G, dtype=dtype)]
-        memory_input.launch_backward(*gradients, projected, *parameters, tail, offsets, *options)
+        memory_input.launch_backward(gradients, Inputs(projected, *parameters, tail, offsets), options)
         if tail is not None and offsets is None:
-            memory_input.launch_step(projected, *parameters, tail, torch.ones(1, dtype=torch.bool) if flip() else None, *options)
+            active = torch.ones(1, dtype=torch.bool) if flip() else None
+            memory_input.launch_step(Inputs(projected, *parameters, tail, None), active, options)
 clashes = {key: found for key, found in seen.items() if len(found) > 1}
 assert not clashes, clashes
 print(len(launches), len(seen), len(set().union(*seen.values())))

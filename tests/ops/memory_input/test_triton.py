@@ -33,8 +33,8 @@ _IN_THE_INTERPRETER = pytest.mark.skipif(
 def _small(monkeypatch) -> None:
     monkeypatch.setattr(launch, "_FWD", SMALL)
     monkeypatch.setattr(launch, "_BWD", SMALL)
-    monkeypatch.setattr(launch, "_HEADS_TOKENS", 4)
-    monkeypatch.setattr(launch, "_HEADS_COLUMNS", 8)
+    monkeypatch.setattr(launch, "_HEADS_FWD", (4, 8))
+    monkeypatch.setattr(launch, "_HEADS_BWD", (4, 8))
     monkeypatch.setattr(launch, "_SUM_ROWS", 2)
     monkeypatch.setattr(launch, "sm_count", lambda device: 1)
 
@@ -334,15 +334,15 @@ def test_a_fault_in_a_kernel_is_seen(fault: str, tmp_path, monkeypatch: pytest.M
     source = inspect.getsource(module)
     assert source.count(old) == 1, f"the fault no longer fits the source: {old!r}"
     replaced = {}
-    for other in (walk, fwd, bwd, heads, sums):  # those that import the faulty one follow it
+    for other in (walk, heads, fwd, bwd, sums):  # those that import the faulty one follow it
         text = source.replace(old, new) if other is module else inspect.getsource(other)
         file = tmp_path / f"faulty_{other.__name__.rsplit('.', 1)[1]}.py"
         file.write_text(text)
         spec = importlib.util.spec_from_file_location(file.stem, file)
         copy = importlib.util.module_from_spec(spec)
         with monkeypatch.context() as patch:
-            if module is walk and other is not walk:
-                patch.setitem(sys.modules, walk.__name__, replaced["walk"])
+            if module in (walk, heads) and (name := module.__name__.rsplit(".", 1)[1]) in replaced:
+                patch.setitem(sys.modules, module.__name__, replaced[name])
             spec.loader.exec_module(copy)
         replaced[other.__name__.rsplit(".", 1)[1]] = copy
     for name in _KERNELS:

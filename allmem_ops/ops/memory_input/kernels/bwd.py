@@ -1,8 +1,9 @@
-"""Backward of the convolution, its activation and the norms: the projection's gradient, and parts of the parameters' sums."""
+"""Backward: the projection's gradient, and parts of the parameters' sums."""
 
 import triton
 import triton.language as tl
 
+from allmem_ops.ops.memory_input.kernels.heads import heads_backward
 from allmem_ops.ops.memory_input.kernels.walk import (
     below,
     convolved,
@@ -226,26 +227,33 @@ def _walk(
 
 
 @triton.jit(
-    do_not_specialize=["T", "span", "spans", "rms_eps", "l2_eps", "s_b", "s_t", "s_dx_b", "s_dx_t"],
-    do_not_specialize_on_alignment=["T", "span", "spans", "s_b", "s_t", "s_dx_b", "s_dx_t"],
+    do_not_specialize=["T", "span", "spans", "head_parts", "head_blocks", "rms_eps", "l2_eps", "s_b", "s_t", "s_dx_b", "s_dx_t"],
+    do_not_specialize_on_alignment=["T", "span", "spans", "head_parts", "head_blocks", "s_b", "s_t", "s_dx_b", "s_dx_t"],
 )
 def memory_input_bwd_kernel(
     p_dq,
     p_dk,
     p_dv,
+    p_deta,
+    p_dmu,
+    p_dgate,
     p_x,
     p_taps,
     p_q_norm,
     p_k_norm,
+    p_bias,
     p_dx,
     p_tail,
     p_sequence,
     p_position,
     p_tap_sums,
     p_norm_sums,
+    p_bias_sums,
     T,
     span,
     spans,
+    head_parts,
+    head_blocks,
     rms_eps,
     l2_eps,
     s_b,
@@ -263,24 +271,48 @@ def memory_input_bwd_kernel(
     s_dv_t,
     s_dv_h,
     s_dv_w,
+    s_deta_b,
+    s_deta_t,
+    s_deta_h,
+    s_deta_i,
+    s_dmu_b,
+    s_dmu_t,
+    s_dmu_h,
+    s_dgate_b,
+    s_dgate_t,
+    s_dgate_c,
     s_dx_b,
     s_dx_t,
     UNIT: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
+    G: tl.constexpr,
     TAPS: tl.constexpr,
     SILU: tl.constexpr,
     L2: tl.constexpr,
     BR: tl.constexpr,
     BW: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
     FAST: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """Strides of the projection and its gradient are in units of UNIT elements.
-    p_tap_sums fp32 [B * spans, TAPS, 3*H*W], p_norm_sums fp32 [B * spans * blocks of heads, 2, BW]: what each program adds.
+    """The first programs, `head_parts` for each BE columns: the columns after q, k and v. The others: a span of tokens, BR heads.
+
+    Strides of the projection and its gradient are in units of UNIT elements. What each program adds: p_bias_sums, see `heads_backward`;
+    p_tap_sums fp32 [B * spans, TAPS, 3*H*W], p_norm_sums fp32 [B * spans * blocks of heads, 2, BW].
     """
     s_b, s_t, s_dx_b, s_dx_t = times(s_b, UNIT), times(s_t, UNIT), times(s_dx_b, UNIT), times(s_dx_t, UNIT)
-    i_b, i_span, i_kind, i_block = program_place(spans, H, BR)
+    NE: tl.constexpr = (4 * H + G + BE - 1) // BE
+    i = tl.program_id(0)
+    if i < head_parts * NE:
+        # fmt: off
+        heads_backward(i, head_parts, p_deta, p_dmu, p_dgate, p_x + 3 * H * W * tl.cast(s_c, tl.int64), p_bias, p_dx + 3 * H * W,
+                       p_bias_sums, T, head_blocks, s_b, s_t, s_c, s_deta_b, s_deta_t, s_deta_h, s_deta_i, s_dmu_b, s_dmu_t, s_dmu_h,
+                       s_dgate_b, s_dgate_t, s_dgate_c, s_dx_b, s_dx_t, H, G, BT, BE, FAST)
+        # fmt: on
+        return
+    i_b, i_span, i_kind, i_block = program_place(i - head_parts * NE, spans, H, BR)
     o_h, o_w = i_block * BR + tl.arange(0, BR), tl.arange(0, BW)
     m_x = (o_h < H)[:, None] & (o_w < W)[None, :]
     o_c = i_kind * (H * W) + o_h[:, None] * W + o_w[None, :]

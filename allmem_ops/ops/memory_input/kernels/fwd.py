@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from allmem_ops.ops.memory_input.kernels.heads import heads_forward
 from allmem_ops.ops.memory_input.kernels.walk import (
     below,
     convolved,
@@ -148,17 +149,21 @@ def _update_tail(i_b, p_x, p_tail, p_active, T, m_x, s_t, TAPS: tl.constexpr, C:
 
 
 @triton.jit(
-    do_not_specialize=["T", "span", "spans", "rms_eps", "l2_eps", "s_b", "s_t"],
-    do_not_specialize_on_alignment=["T", "span", "spans", "s_b", "s_t"],
+    do_not_specialize=["T", "span", "spans", "head_programs", "rms_eps", "l2_eps", "s_b", "s_t"],
+    do_not_specialize_on_alignment=["T", "span", "spans", "head_programs", "s_b", "s_t"],
 )
 def memory_input_fwd_kernel(
     p_x,
     p_taps,
     p_q_norm,
     p_k_norm,
+    p_bias,
     p_q,
     p_k,
     p_v,
+    p_eta,
+    p_mu,
+    p_gate,
     p_tail,
     p_active,
     p_sequence,
@@ -166,6 +171,7 @@ def memory_input_fwd_kernel(
     T,
     span,
     spans,
+    head_programs,
     rms_eps,
     l2_eps,
     s_b,
@@ -174,20 +180,29 @@ def memory_input_fwd_kernel(
     UNIT: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
+    G: tl.constexpr,
     TAPS: tl.constexpr,
     UPDATE: tl.constexpr,
     SILU: tl.constexpr,
     L2: tl.constexpr,
     BR: tl.constexpr,
     BW: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
     FAST: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """Strides s_b and s_t are in units of UNIT elements. UPDATE: p_tail becomes what comes before token T, in the rows that p_active
+    """The first `head_programs` programs: BT tokens by BE columns of those after q, k and v. The others: a span of tokens, BR heads.
+
+    Strides s_b and s_t are in units of UNIT elements. UPDATE: p_tail becomes what comes before token T, in the rows that p_active
     names; needs one span, so that no other program reads what this one overwrites.
     """
     s_b, s_t = times(s_b, UNIT), times(s_t, UNIT)
-    i_b, i_span, i_kind, i_block = program_place(spans, H, BR)
+    i = tl.program_id(0)
+    if i < head_programs:
+        heads_forward(i, p_x + 3 * H * W * tl.cast(s_c, tl.int64), p_bias, p_eta, p_mu, p_gate, T, s_b, s_t, s_c, H, G, BT, BE, FAST)
+        return
+    i_b, i_span, i_kind, i_block = program_place(i - head_programs, spans, H, BR)
     o_h, o_w = i_block * BR + tl.arange(0, BR), tl.arange(0, BW)
     m_x = (o_h < H)[:, None] & (o_w < W)[None, :]
     o_out = o_h[:, None] * W + o_w[None, :]

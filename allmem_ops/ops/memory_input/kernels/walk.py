@@ -11,10 +11,9 @@ import triton.language as tl
 
 
 @triton.jit
-def program_place(spans, H: tl.constexpr, BR: tl.constexpr):
-    """(batch row, span, 0 q | 1 k | 2 v, block of heads): programs that share tokens are neighbours."""
+def program_place(i, spans, H: tl.constexpr, BR: tl.constexpr):
+    """(batch row, span, 0 q | 1 k | 2 v, block of heads) of program i: programs that share tokens are neighbours."""
     NB: tl.constexpr = (H + BR - 1) // BR
-    i = tl.program_id(0)
     i_block = i % NB
     i_kind = i // NB % 3
     i = i // (3 * NB)
