@@ -119,6 +119,9 @@ class _Shared:
     def index(self, i: Any) -> "_Shared":
         return _Shared(self.data[int(i)], self.layout)
 
+    def slice(self, start: int, length: int, dim: int = 0) -> "_Shared":
+        return _Shared(self.data.narrow(dim, start, length), self.layout)
+
     def permute(self, order: Any) -> "_Shared":
         return _Shared(self.data.permute(order), self.layout)
 
@@ -308,7 +311,10 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         "language",
         constexpr=lambda x: x,
         **{name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int32", "int64")},
-        **dict.fromkeys(("NVMMASharedLayout", "NVMMADistributedLayout", "SliceLayout", "DotOperandLayout", "BlockedLayout"), _Layout),
+        **dict.fromkeys(
+            ("NVMMASharedLayout", "NVMMADistributedLayout", "SliceLayout", "DotOperandLayout", "BlockedLayout", "DistributedLinearLayout"),
+            _Layout,
+        ),
         shared_memory_descriptor=_Shared,
         static_range=range,
         program_id=lambda _axis: torch.tensor(_state.program),
@@ -326,7 +332,7 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         maximum=scalar(torch.maximum),
         minimum=scalar(torch.minimum),
         max=lambda x, axis: x.amax(axis),
-        sum=lambda x, axis: x.sum(axis),
+        sum=lambda x, axis: x.sum(axis, dtype=x.dtype),
         exp2=torch.exp2,
         log=torch.log,
     )
@@ -349,7 +355,11 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         f"{name}.language.nvidia": module("nvidia", hopper=hopper),
         f"{name}.language.nvidia.hopper": hopper,
         "allmem_ops.ops.kernels.gluon": module(
-            "gluon", tma_load=_tma_load, tma_store=_tma_store, view=lambda x, dtype, shape, layout: x.reinterpret(dtype, shape, layout)
+            "gluon",
+            tma_load=_tma_load,
+            tma_store=_tma_store,
+            view=lambda x, dtype, shape, layout: x.reinterpret(dtype, shape, layout),
+            exp2=lambda x, _eighths: torch.exp2(x),
         ),
     }
 

@@ -39,9 +39,9 @@ def query_block_count(Tq: int, cu_seqlens: Tensor | None, size: int) -> int:
     return -(-Tq // size) if cu_seqlens is None else Tq // size + cu_seqlens.shape[0] - 1
 
 
-def shape_class(q: Tensor) -> tuple[str, int]:
-    """The key of config tables: "half" or "single", and the padded head dim."""
-    return ("single" if q.dtype == torch.float32 else "half"), padded_head_dim(q.shape[3])
+def shape_class(q: Tensor, packed: bool) -> tuple[str, int, bool]:
+    """The key of the config table: "half" or "single", the padded head dim, and whether sequences are packed."""
+    return ("single" if q.dtype == torch.float32 else "half"), padded_head_dim(q.shape[3]), packed
 
 
 def _table() -> Table:
@@ -50,13 +50,16 @@ def _table() -> Table:
 
     table: dict[tuple[str, Any], list[Config]] = {}
     for BD in (16, 32, 64, 128, 256):
-        table["sm80", ("half", BD)] = entry(64 if BD == 256 else 128, 64, 1, 0, 8, 2)
-        table["sm80", ("single", BD)] = entry(64, 16 if BD == 256 else 32, 1, 0, 8, 2)
+        for packed in (False, True):
+            table["sm80", ("half", BD, packed)] = entry(64 if BD == 256 else 128, 64, 1, 0, 8, 2)
+            table["sm80", ("single", BD, packed)] = entry(64, 16 if BD == 256 else 32, 1, 0, 8, 2)
         # Two small programs an SM: the softmax of one overlaps the products of the other, which Triton does not arrange within one.
         # H100, T = 32768, windows of 512 and 4096: D = 128 0.386 and 2.007 ms (128 rows, 8 warps: 0.440, 2.012); D = 64 0.235 and
         # 1.157 (0.273, 1.207).
-        table["sm90", ("half", BD)] = entry(64, 64, 1 if BD < 128 else 2, 1, 4, 3)
-    table["sm90", ("half", 256)] = entry(128, 64, 1, 1, 8, 2)
+        table["sm90", ("half", BD, False)] = entry(64, 64, 1 if BD < 128 else 2, 1, 4, 3)
+        # Packed sequences are read by pointers, which 4 warps have no registers for (96 bytes spilled).
+        table["sm90", ("half", BD, True)] = entry(64 if BD == 256 else 128, 64, 1 if BD < 128 else 2, 0, 8, 2 if BD == 256 else 3)
+    table["sm90", ("half", 256, False)] = entry(128, 64, 1, 1, 8, 2)
     return table
 
 
@@ -83,7 +86,7 @@ def swa_triton_forward(
     def run(config: Config) -> None:
         _launch(config, q, k, v, q_sinks, cu_seqlens, o, lse, window, sinks, scale)
 
-    run(config or choose("swa_fwd", TABLE, gpu_class(q.device), shape_class(q), run))
+    run(config or choose("swa_fwd", TABLE, gpu_class(q.device), shape_class(q, cu_seqlens is not None), run))
     return o, lse
 
 
@@ -104,7 +107,8 @@ def _launch(
     G, BD = HQ // HK, padded_head_dim(D)
     BM, BN, BG, TMA = (config.constants[name] for name in ("BM", "BN", "BG", "TMA"))
     BG = math.gcd(BG, G)
-    TMA = bool(TMA) and describable(k) and describable(v)
+    # By TMA a packed sequence's last tile has rows of the next one: masked, but 0 * NaN is NaN.
+    TMA = bool(TMA) and cu_seqlens is None and describable(k) and describable(v)
     blocks = query_block_count(Tq, cu_seqlens, BM // BG)
     absent = (0, 0, 0, 1)
     args = (

@@ -17,10 +17,10 @@ _LAYOUT = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 # By (head dim, query heads of a key/value head in a program). With one head at D = 128 there are no registers to scale the output
 # under the scores (SPLIT).
 TABLE: Table = {
-    ("sm90", (128, 2)): [Config({"BN": 128, "STAGES": 2, "PING": 1, "SPLIT": 1}, 4, 1)],
-    ("sm90", (128, 1)): [Config({"BN": 128, "STAGES": 2, "PING": 1, "SPLIT": 0}, 4, 1)],
-    ("sm90", (64, 2)): [Config({"BN": 128, "STAGES": 4, "PING": 0, "SPLIT": 1}, 4, 1)],
-    ("sm90", (64, 1)): [Config({"BN": 128, "STAGES": 4, "PING": 0, "SPLIT": 1}, 4, 1)],
+    ("sm90", (128, 2)): [Config({"BN": 128, "STAGES": 2, "V_STAGES": 2, "PING": 1, "SPLIT": 1, "POLY": 0}, 4, 1)],
+    ("sm90", (128, 1)): [Config({"BN": 128, "STAGES": 2, "V_STAGES": 2, "PING": 1, "SPLIT": 0, "POLY": 0}, 4, 1)],
+    ("sm90", (64, 2)): [Config({"BN": 128, "STAGES": 4, "V_STAGES": 4, "PING": 0, "SPLIT": 1, "POLY": 0}, 4, 1)],
+    ("sm90", (64, 1)): [Config({"BN": 128, "STAGES": 4, "V_STAGES": 4, "PING": 0, "SPLIT": 1, "POLY": 0}, 4, 1)],
 }
 
 
@@ -86,9 +86,11 @@ def swa_hopper_forward(
             D,
             BN,
             config.constants["STAGES"],
+            config.constants["V_STAGES"],
             heads,
             config.constants["PING"],
             config.constants["SPLIT"],
+            config.constants["POLY"],
         )
         options = config.launch_options()
         key = (q.dtype, D, heads, *config.constants.values(), *options.values(), pointer_class(cu_seqlens))

@@ -176,13 +176,39 @@ def test_source_packed_equals_separate(heads):
                 judge([t[:, a:b] for t in packed], {name: t[:, a:b] for name, t in x.items()}, window, sinks)
 
 
+@pytest.mark.parametrize("fault", [None, "first < r + PART and stop > r"], ids=["", "rows of others not cleared"])
+def test_source_packed_keeps_an_infinity_or_nan_in_its_sequence(fault):
+    if fault is None:
+        keeps_bad_values_in_their_sequence(str)
+    else:
+        with pytest.raises(AssertionError):
+            keeps_bad_values_in_their_sequence(lambda source: source.replace(fault, "False"))
+
+
+def keeps_bad_values_in_their_sequence(edit):
+    lengths = [70, 64, 130, 7, 90]
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    for heads, D in (((2, 1), 64), ((1, 1), 128)):
+        x = make(sum(lengths), sum(lengths), *heads, D, torch.float16, device="cpu")
+        clean = on_cpu(x, 100, 3, cu)
+        for n, bad in ((1, float("nan")), (3, float("inf"))):
+            a, b = cu[n], cu[n + 1]
+            dirty = {name: t.clone() for name, t in x.items()}
+            for t in dirty.values():
+                t[:, a:b] = bad
+            for got, want in zip(on_cpu(dirty, 100, 3, cu, edit=edit), clean, strict=True):
+                assert torch.equal(got[:, :a], want[:, :a])
+                assert torch.equal(got[:, b:], want[:, b:])
+                assert bool(got[:, a:b].isnan().all())
+
+
 PRODUCT = "b_o, b_h, b_p = warpgroup_mma_wait(0, deps=(b_o, b_h, b_p))"
-FREE_VALUES = "mbarrier.arrive(v_free.index((n + STAGES - 1) % STAGES), count=1)"
+FREE_VALUES = "mbarrier.arrive(v_free.index((n + V_STAGES - 1) % V_STAGES), count=1)"
 FAULTS = {
     "values released before the product": (f"{PRODUCT}\n    {FREE_VALUES}", f"{FREE_VALUES}\n    {PRODUCT}"),
     "scores without waiting for the keys": ("mbarrier.wait(k_full.index(i_s), (n // STAGES) & 1)", "pass"),
-    "a phase off by one": ("phase = ((n // STAGES) & 1) ^ 1", "phase = (n // STAGES) & 1"),
-    "queries released before the output has left": ("tma.store_wait(0)\n        mbarrier.arrive(q_free", "mbarrier.arrive(q_free"),
+    "a phase off by one": ("((n // STAGES) & 1) ^ 1)", "(n // STAGES) & 1)"),
+    "queries released before the output has left": ("tma.store_wait(0)\n    mbarrier.arrive(q_free", "mbarrier.arrive(q_free"),
     "no turn passed": ("mbarrier.arrive(turns.index(1 - W), count=1)", "pass"),
     "output not scaled": ("b_o = b_o * gl.convert_layout(b_c, gl.SliceLayout(1, P_LAYOUT.parent), assert_trivial=True)[:, None]", "pass"),
     "no mask at the window": ('MASK == "band"', 'MASK == "never"'),

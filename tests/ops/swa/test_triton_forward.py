@@ -161,6 +161,20 @@ def test_more_sequences_than_one_look_at_the_offsets_holds(config):
     torch.testing.assert_close(got, swa(**x, window=3, cu_seqlens=cu_seqlens, impl="chunk"), rtol=1e-5, atol=1e-5)
 
 
+def test_packed_keeps_an_infinity_or_nan_in_its_sequence(config):
+    x, cuts = make(150, HQ=2, D=16), [0, 40, 83, 99, 150]
+    cu = torch.tensor(cuts, device=DEVICE)
+    clean = swa(**x, window=30, sinks=3, cu_seqlens=cu, impl="triton")
+    for n, bad in ((1, float("nan")), (2, float("inf"))):
+        a, b = cuts[n : n + 2]
+        dirty = {name: t.clone() for name, t in x.items()}
+        for t in dirty.values():
+            t[:, a:b] = bad
+        got = swa(**dirty, window=30, sinks=3, cu_seqlens=cu, impl="triton")
+        assert torch.equal(got[:, :a], clean[:, :a])
+        assert torch.equal(got[:, b:], clean[:, b:])
+
+
 @pytest.mark.parametrize("cuts", [[0, 200], [50, 20, 70], [-9, 30, 70], [10**6, 10**6, 10**6], [0, 10**9, 0]], ids=str)
 def test_offsets_that_cannot_be_checked_touch_nothing_outside(cuts, config):
     x = make(70)
@@ -286,6 +300,7 @@ def test_every_shape_class_has_a_config():
     for gpu_name in GPU_CLASSES:
         for kind in ("half", "single"):
             for D in (5, 16, 32, 64, 80, 96, 128, 256):
-                (first, *_) = candidates(launch.TABLE, gpu_name, (kind, launch.padded_head_dim(D)))
-                assert set(first.constants) == {"BM", "BN", "BG", "TMA"}
-                assert set(first.constants) <= set(launch.swa_fwd_kernel.arg_names)
+                for packed in (False, True):
+                    (first, *_) = candidates(launch.TABLE, gpu_name, (kind, launch.padded_head_dim(D), packed))
+                    assert set(first.constants) == {"BM", "BN", "BG", "TMA"}
+                    assert set(first.constants) <= set(launch.swa_fwd_kernel.arg_names)

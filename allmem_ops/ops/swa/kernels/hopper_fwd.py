@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from allmem_ops.ops.kernels.gluon import tma_load, tma_store, view
+from allmem_ops.ops.kernels.gluon import exp2, tma_load, tma_store, view
 from allmem_ops.ops.swa import geometry
 
 stacked_tiles = gluon.jit(geometry.stacked_tiles)
@@ -27,32 +27,38 @@ _LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _find_sequence(cu_seqlens, sequences, i_m, T, SPAN: gl.constexpr):
+def _find_sequence(cu_seqlens, sequences, i_m, T, SPAN: gl.constexpr, WARPS: gl.constexpr):
     """The sequence that block `i_m` of a packed batch belongs to: (its first row, its length, the block's index in it).
 
-    Sequence n owns the block indices from cu_seqlens[n] // SPAN + n on: enough for its rows, and increasing in n.
+    Sequence n owns the block indices from cu_seqlens[n] // SPAN + n on: enough for its rows, and increasing in n. Each warp counts for
+    itself, four offsets a lane at a time: one latency of memory where a search has six.
     """
-    low, high = 0, sequences  # the sequence is in [low, high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if gl.load(cu_seqlens + middle).to(gl.int32) // SPAN + middle <= i_m:
-            low = middle
-        else:
-            high = middle
-    begin = gl.load(cu_seqlens + low).to(gl.int32)
-    stop = gl.load(cu_seqlens + low + 1).to(gl.int32)
-    block = i_m - (begin // SPAN + low)
+    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[1], [2]], lane_bases=[[4], [8], [16], [32], [64]], warp_bases=[[0]] * (WARPS // 2), block_bases=[], shape=[128]
+    )
+    o_n = gl.arange(0, 128, LAYOUT)
+    n, begin, stop = -1, 0, 0
+    for first in range(0, sequences, 128):
+        m_n = first + o_n < sequences
+        b_begin = gl.load(cu_seqlens + first + o_n, mask=m_n, other=0).to(gl.int32)
+        b_stop = gl.load(cu_seqlens + first + o_n + 1, mask=m_n, other=0).to(gl.int32)
+        m_n = m_n & (b_begin // SPAN + first + o_n <= i_m)
+        n += gl.sum(m_n.to(gl.int32), 0)
+        begin = gl.maximum(begin, gl.max(gl.where(m_n, b_begin, 0), 0))
+        stop = gl.maximum(stop, gl.max(gl.where(m_n, b_stop, 0), 0))
+    block = i_m - (begin // SPAN + n)
     # Offsets that do not rise from 0 to T cannot be refused here without waiting for the device: they must not read or write outside.
-    begin = gl.minimum(gl.maximum(begin, 0), T)
+    begin = gl.minimum(begin, T)
     stop = gl.minimum(gl.maximum(stop, begin), T)
     return begin, stop - begin, gl.maximum(block, 0)
 
 
 @gluon.jit
-def _item(i_w, work, HEADS: gl.constexpr, PACKED: gl.constexpr):
+def _item(i_w, work, HEADS: gl.constexpr, PACKED: gl.constexpr, WARPS: gl.constexpr):
     """Work item `i_w`: (batch, pack of query heads, first row in the tensor, its row in the sequence, rows left, first position).
 
-    Heads are fastest, so that items which run together read the same keys; then blocks from the last one, which has the most keys.
+    None or fewer rows are left where a block index lies past its sequence's end. Heads are fastest, so that items which run together
+    read the same keys; then blocks from the last one, which has the most keys.
     """
     cu_seqlens, Tq, offset, _window, _sinks, _group, packs, blocks, sequences, _items = work
     SPAN: gl.constexpr = 2 * ROWS // HEADS
@@ -61,11 +67,7 @@ def _item(i_w, work, HEADS: gl.constexpr, PACKED: gl.constexpr):
     i_b = i_w // packs // blocks
     begin = 0
     if PACKED:
-        begin, Tq, i_m = _find_sequence(cu_seqlens, sequences, i_m, Tq, SPAN)
-        # A block index past its sequence's end has no rows, and then the fewest tiles.
-        real = i_m * SPAN < Tq
-        i_m = gl.where(real, i_m, 0)
-        Tq = gl.where(real, Tq, 0)
+        begin, Tq, i_m = _find_sequence(cu_seqlens, sequences, i_m, Tq, SPAN, WARPS)
     row = i_m * SPAN
     return i_b, i_h, begin, row, Tq - row, offset + row
 
@@ -76,19 +78,13 @@ def _fetch(x, i_b, row, i_h, full, slot, COUNT: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_tile(k, v, i_b, row, i_h, keys, values, n, COUNT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    """Rows `row` to `row + COUNT` of k and v into slot n of the keys, values, each as soon as its half of the slot is free."""
-    s_k, k_full, k_free = keys
-    s_v, v_full, v_free = values
-    BYTES: gl.constexpr = COUNT * D * 2
+def _fetch_rows(x, i_b, row, i_h, ring, n, COUNT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """Rows `row` to `row + COUNT` of x into slot n of a ring, as soon as it is free."""
+    s_x, full, free = ring
     i_s = n % STAGES
-    phase = ((n // STAGES) & 1) ^ 1
-    mbarrier.wait(k_free.index(i_s), phase)
-    mbarrier.expect(k_full.index(i_s), BYTES)
-    _fetch(k, i_b, row, i_h, k_full.index(i_s), s_k.index(i_s), COUNT, D)
-    mbarrier.wait(v_free.index(i_s), phase)
-    mbarrier.expect(v_full.index(i_s), BYTES)
-    _fetch(v, i_b, row, i_h, v_full.index(i_s), s_v.index(i_s), COUNT, D)
+    mbarrier.wait(free.index(i_s), ((n // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(i_s), COUNT * D * 2)
+    _fetch(x, i_b, row, i_h, full.index(i_s), s_x.index(i_s), COUNT, D)
 
 
 @gluon.jit
@@ -101,6 +97,7 @@ def _producer(
     D: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
     HEADS: gl.constexpr,
     PACKED: gl.constexpr,
 ):
@@ -109,23 +106,27 @@ def _producer(
     _cu, _Tq, _offset, window, sinks, group, _packs, _blocks, _sequences, items = work
     SPAN: gl.constexpr = 2 * ROWS // HEADS
     n = 0  # tiles so far
+    c = 0  # items so far
     for i in range((items - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        i_w = gl.program_id(0) + i * gl.num_programs(0)
-        i_b, i_h, begin, row, _left, i0 = _item(i_w, work, HEADS, PACKED)
-        i_hk = i_h * HEADS // group
-        i_q = i % 2
-        mbarrier.wait(q_free.index(i_q), ((i // 2) & 1) ^ 1)
-        mbarrier.expect(q_full.index(i_q), 2 * ROWS * D * 2)
-        for w in gl.static_range(2):
-            row_w = begin + row + w // HEADS * ROWS
-            _fetch(q, i_b, row_w, i_h * HEADS + w % HEADS, q_full.index(i_q), s_q.index(i_q * 2 + w), ROWS, D)
-        band, sink_end, sink_full, _any_end, masked, full, count = stacked_tiles(i0, SPAN, window, sinks, BN)
-        for t in range(count):
-            j0 = stacked_start(t, i0, band, sink_end, sink_full, masked, full, BN)
-            _fetch_tile(k, v, i_b, begin + j0, i_hk, keys, values, n, BN, D, STAGES)
+        i_b, i_h, begin, row, left, i0 = _item(gl.program_id(0) + i * gl.num_programs(0), work, HEADS, PACKED, 1)
+        if left > 0:
+            i_hk = i_h * HEADS // group
+            i_q = c % 2
+            mbarrier.wait(q_free.index(i_q), ((c // 2) & 1) ^ 1)
+            mbarrier.expect(q_full.index(i_q), 2 * ROWS * D * 2)
+            for w in gl.static_range(2):
+                row_w = begin + row + w // HEADS * ROWS
+                _fetch(q, i_b, row_w, i_h * HEADS + w % HEADS, q_full.index(i_q), s_q.index(i_q * 2 + w), ROWS, D)
+            band, sink_end, sink_full, _any_end, masked, full, count = stacked_tiles(i0, SPAN, window, sinks, BN)
+            for t in range(count):
+                j0 = begin + stacked_start(t, i0, band, sink_end, sink_full, masked, full, BN)
+                _fetch_rows(k, i_b, j0, i_hk, keys, n, BN, D, STAGES)
+                _fetch_rows(v, i_b, j0, i_hk, values, n, BN, D, V_STAGES)
+                n += 1
+            _fetch_rows(k_diagonal, i_b, begin + i0, i_hk, keys, n, SPAN, D, STAGES)
+            _fetch_rows(v_diagonal, i_b, begin + i0, i_hk, values, n, SPAN, D, V_STAGES)
             n += 1
-        _fetch_tile(k_diagonal, v_diagonal, i_b, begin + i0, i_hk, keys, values, n, SPAN, D, STAGES)
-        n += 1
+            c += 1
 
 
 @gluon.jit
@@ -136,10 +137,10 @@ def _scores(s_q, s_k, COUNT: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(b_s, b_m, b_l, scale_log2):
+def _softmax(b_s, b_m, b_l, scale_log2, POLY: gl.constexpr):
     """Unnormalised probabilities, the new maximum (of raw scores) and sum, and what earlier sums have to be scaled by."""
     b_top = gl.maximum(b_m, gl.max(b_s, 1))
-    b_p = gl.exp2(b_s * scale_log2 - (b_top * scale_log2)[:, None])
+    b_p = exp2(b_s * scale_log2 - (b_top * scale_log2)[:, None], POLY)
     b_c = gl.exp2((b_m - b_top) * scale_log2)
     return b_p, b_top, b_l * b_c + gl.sum(b_p, 1), b_c
 
@@ -186,6 +187,7 @@ def _issue(
     S_LAYOUT: gl.constexpr,
     P_LAYOUT: gl.constexpr,
     STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
     W: gl.constexpr,
     PING: gl.constexpr,
     SPLIT: gl.constexpr,
@@ -197,7 +199,7 @@ def _issue(
     s_k, k_full, k_free = keys
     s_v, v_full, _v_free = values
     i_s = n % STAGES
-    i_p = (n + STAGES - 1) % STAGES
+    i_p = (n + V_STAGES - 1) % V_STAGES
     # P comes unpacked: carried packed it costs a permutation a register, twice a tile.
     b_h = gl.convert_layout(b_p.to(s_k.dtype), P_LAYOUT, assert_trivial=True)
     if SPLIT:  # an opaque identity keeps the packing here, before the scores take as many registers again
@@ -208,7 +210,7 @@ def _issue(
     if SPLIT:
         # V has been here since the softmax of tile n - 1. The wait is a block boundary: without it ptxas scales the output before it
         # issues the scores (a window of 4096: 1.91 ms against 1.75). It costs registers.
-        mbarrier.wait(v_full.index(i_p), ((n - 1) // STAGES) & 1)
+        mbarrier.wait(v_full.index(i_p), ((n - 1) // V_STAGES) & 1)
     b_o = b_o * gl.convert_layout(b_c, gl.SliceLayout(1, P_LAYOUT.parent), assert_trivial=True)[:, None]
     # [ROWS, BN] @ [BN, D] -> [ROWS, D]
     b_o = warpgroup_mma(b_h, s_v.index(i_p), b_o, is_async=True)
@@ -219,13 +221,13 @@ def _issue(
 
 
 @gluon.jit
-def _finish(b_o, b_h, b_p, values, n, STAGES: gl.constexpr):
+def _finish(b_o, b_h, b_p, values, n, V_STAGES: gl.constexpr):
     """Wait for the product P V of tile n - 1, not before the probabilities `b_p` of tile n."""
     _s_v, v_full, v_free = values
     # The wait is also a block boundary: without it ptxas hoists the one for P V above the exponentials.
-    mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
+    mbarrier.wait(v_full.index(n % V_STAGES), (n // V_STAGES) & 1)
     b_o, b_h, b_p = warpgroup_mma_wait(0, deps=(b_o, b_h, b_p))
-    mbarrier.arrive(v_free.index((n + STAGES - 1) % STAGES), count=1)
+    mbarrier.arrive(v_free.index((n + V_STAGES - 1) % V_STAGES), count=1)
     return b_o, b_p
 
 
@@ -254,21 +256,176 @@ def _step(
     S_LAYOUT: gl.constexpr,
     P_LAYOUT: gl.constexpr,
     STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
     W: gl.constexpr,
     PING: gl.constexpr,
     SPLIT: gl.constexpr,
+    POLY: gl.constexpr,
 ):
     """Tile n: its softmax, under the product P V of tile n - 1."""
     b_s, b_o, b_h = _issue(
-        s_q, keys[0].index(n % STAGES), keys, values, turns, n, b_p, b_c, b_o, BN, S_LAYOUT, P_LAYOUT, STAGES, W, PING, SPLIT
+        s_q, keys[0].index(n % STAGES), keys, values, turns, n, b_p, b_c, b_o, BN, S_LAYOUT, P_LAYOUT, STAGES, V_STAGES, W, PING, SPLIT
     )
     if MASK == "any":
         b_s = _mask_any(b_s, j0, end, i0, window, sinks, o_r, o_n)
     if MASK == "band":
         b_s = _mask_band(b_s, j0, i0, window, o_r, o_n)
-    b_p, b_m, b_l, b_c = _softmax(b_s, b_m, b_l, scale_log2)
-    b_o, b_p = _finish(b_o, b_h, b_p, values, n, STAGES)
+    b_p, b_m, b_l, b_c = _softmax(b_s, b_m, b_l, scale_log2, POLY)
+    b_o, b_p = _finish(b_o, b_h, b_p, values, n, V_STAGES)
     return b_p, b_c, b_o, b_m, b_l
+
+
+@gluon.jit
+def _clear_rows(values, n, first, stop, COUNT: gl.constexpr, D: gl.constexpr, V_STAGES: gl.constexpr, LAYOUT: gl.constexpr):
+    """Zeros into rows `first` to `stop` of value tile n, which are another sequence's: their probabilities are 0, but 0 * NaN is not.
+
+    Both warpgroups do it, each before its own product.
+    """
+    s_v, v_full, _v_free = values
+    PART: gl.constexpr = 32
+    mbarrier.wait(v_full.index(n % V_STAGES), (n // V_STAGES) & 1)
+    s_tile = view(s_v.index(n % V_STAGES), s_v.dtype, [COUNT, D], s_v.layout)
+    for r in gl.static_range(0, COUNT, PART):
+        s_part = s_tile.slice(r, PART)
+        if first < r + PART and stop > r:
+            o_r = r + gl.arange(0, PART, gl.SliceLayout(1, LAYOUT))
+            s_part.store(gl.where(((o_r >= first) & (o_r < stop))[:, None], 0.0, s_part.load(LAYOUT)).to(s_v.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def _attend(
+    item,
+    c,
+    n,
+    outputs,
+    queries,
+    keys,
+    values,
+    turns,
+    work,
+    scale_log2,
+    D: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
+    HEADS: gl.constexpr,
+    PACKED: gl.constexpr,
+    PING: gl.constexpr,
+    SPLIT: gl.constexpr,
+    POLY: gl.constexpr,
+    W: gl.constexpr,
+):
+    """Item c of this program: its tiles are n, n + 1, ... of the rings. Returns the number after its last."""
+    o, p_o, p_lse = outputs
+    s_q, q_full, q_free = queries
+    s_k, k_full, k_free = keys
+    s_v, _v_full, v_free = values
+    _cu, Tq, _offset, window, sinks, _group, packs, _blocks, _sequences, _items = work
+    i_b, i_h, begin, row, left, i0 = item
+    dtype: gl.constexpr = s_q.dtype
+    SPAN: gl.constexpr = 2 * ROWS // HEADS
+    SHIFT: gl.constexpr = W // HEADS * ROWS  # of this warpgroup's rows in the item
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SPAN, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    W_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    o_r = SHIFT + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+    o_n = gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT))
+    band, sink_end, sink_full, any_end, masked, full, count = stacked_tiles(i0, SPAN, window, sinks, BN)
+    i_q = c % 2
+    mbarrier.wait(q_full.index(i_q), (c // 2) & 1)
+    b_q = s_q.index(i_q * 2 + W)
+
+    # The first tile: no product to go with its scores.
+    mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
+    _take_turn(turns, n, W, PING)
+    b_s = _scores(b_q, s_k.index(n % STAGES), BN, S_LAYOUT)
+    b_s = warpgroup_mma_wait(0, deps=(b_s,))
+    _pass_turn(turns, W, PING)
+    mbarrier.arrive(k_free.index(n % STAGES), count=1)
+    j0 = stacked_start(0, i0, band, sink_end, sink_full, masked, full, BN)
+    end = gl.where(sink_end > sink_full * BN, sink_end, i0)
+    if any_end > 0:
+        b_s = _mask_any(b_s, j0, end, i0, window, sinks, o_r, o_n)
+    else:
+        b_s = _mask_band(b_s, j0, i0, window, o_r, o_n)
+    b_m = gl.full([ROWS], _LOWEST, gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    b_l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    b_o = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
+    b_p, b_m, b_l, b_c = _softmax(b_s, b_m, b_l, scale_log2, 0)
+    if PACKED and j0 < 0:
+        _clear_rows(values, n, 0, -j0, BN, D, V_STAGES, W_LAYOUT)
+    n += 1
+
+    for t in range(1, any_end):
+        j0 = stacked_start(t, i0, band, sink_end, sink_full, masked, full, BN)
+        b_p, b_c, b_o, b_m, b_l = _step(
+            b_q, keys, values, turns, n, b_p, b_c, b_o, b_m, b_l, scale_log2, j0, i0, i0, window, sinks, o_r, o_n,
+            "any", BN, S_LAYOUT, P_LAYOUT, STAGES, V_STAGES, W, PING, SPLIT, 0,
+        )  # fmt: skip
+        n += 1
+    for t in range(gl.maximum(any_end, 1), masked):
+        j0 = stacked_start(t, i0, band, sink_end, sink_full, masked, full, BN)
+        b_p, b_c, b_o, b_m, b_l = _step(
+            b_q, keys, values, turns, n, b_p, b_c, b_o, b_m, b_l, scale_log2, j0, i0, i0, window, sinks, o_r, o_n,
+            "band", BN, S_LAYOUT, P_LAYOUT, STAGES, V_STAGES, W, PING, SPLIT, 0,
+        )  # fmt: skip
+        n += 1
+    # The output of the item before has left its Q slot by now: the slot is free.
+    tma.store_wait(0)
+    mbarrier.arrive(q_free.index((c + 1) % 2), count=1, pred=c > 0)
+    for _ in range(gl.maximum(masked, 1), count):
+        b_p, b_c, b_o, b_m, b_l = _step(
+            b_q, keys, values, turns, n, b_p, b_c, b_o, b_m, b_l, scale_log2, 0, 0, i0, window, sinks, o_r, o_n,
+            "none", BN, S_LAYOUT, P_LAYOUT, STAGES, V_STAGES, W, PING, SPLIT, POLY,
+        )  # fmt: skip
+        n += 1
+
+    # The diagonal tile, SPAN wide, and its product.
+    s_diagonal = view(s_k.index(n % STAGES), dtype, [SPAN, D], s_k.layout)
+    b_s, b_o, b_h = _issue(
+        b_q, s_diagonal, keys, values, turns, n, b_p, b_c, b_o, SPAN, D_LAYOUT, P_LAYOUT, STAGES, V_STAGES, W, PING, SPLIT
+    )
+    # The minimum is 0, which the compiler does not know: it must not compute this mask once and keep it in registers for ever.
+    o_i = SHIFT + gl.minimum(c, 0) + gl.arange(0, ROWS, gl.SliceLayout(1, D_LAYOUT))
+    o_j = gl.arange(0, SPAN, gl.SliceLayout(0, D_LAYOUT))
+    near = (o_i - window)[:, None] < o_j[None, :]
+    b_s = gl.where((o_i[:, None] >= o_j[None, :]) & (near | (o_j < sinks - i0)[None, :]), b_s, float("-inf"))
+    b_m = gl.convert_layout(b_m, gl.SliceLayout(1, D_LAYOUT), assert_trivial=True)
+    b_l = gl.convert_layout(b_l, gl.SliceLayout(1, D_LAYOUT), assert_trivial=True)
+    b_d, b_m, b_l, b_c = _softmax(b_s, b_m, b_l, scale_log2, 0)
+    b_o, b_d = _finish(b_o, b_h, b_d, values, n, V_STAGES)
+    if PACKED and left < SPAN:
+        _clear_rows(values, n, left, SPAN, SPAN, D, V_STAGES, W_LAYOUT)
+    b_h = gl.convert_layout(b_d.to(dtype), P_LAYOUT, assert_trivial=True)
+    b_o = b_o * gl.convert_layout(b_c, ROW_LAYOUT, assert_trivial=True)[:, None]
+    # [ROWS, SPAN] @ [SPAN, D] -> [ROWS, D]
+    b_o = warpgroup_mma(b_h, view(s_v.index(n % V_STAGES), dtype, [SPAN, D], s_v.layout), b_o, is_async=True)
+    b_lse = b_m * (scale_log2 * _LN2) + gl.log(b_l)
+    b_r = gl.convert_layout(1.0 / b_l, ROW_LAYOUT, assert_trivial=True)
+    b_o, b_h = warpgroup_mma_wait(0, deps=(b_o, b_h))
+    mbarrier.arrive(v_free.index(n % V_STAGES), count=1)
+    n += 1
+
+    b_h = (b_o * b_r[:, None]).to(dtype)
+    i_hq = i_h * HEADS + W % HEADS
+    heads = packs * HEADS
+    o_out = (i_b.to(gl.int64) * Tq + begin + row + o_i) * heads + i_hq
+    gl.store(p_lse + o_out, b_lse, mask=o_i < left)
+    if PACKED and left < SPAN:
+        # The end of a sequence, where a tile would overwrite the next one's rows.
+        o_o = gl.convert_layout(o_out, ROW_LAYOUT, assert_trivial=True)
+        m_o = gl.convert_layout(o_i < left, ROW_LAYOUT, assert_trivial=True)
+        o_d = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
+        gl.store(p_o + o_o[:, None] * D + o_d[None, :], b_h, mask=m_o[:, None])
+    else:
+        b_q.store(b_h)
+        fence_async_shared()
+        tma_store(o, [i_b, begin + row + SHIFT, i_hq, 0], view(b_q, dtype, [1, ROWS, 1, D], o.layout))
+    return n
 
 
 @gluon.jit
@@ -283,116 +440,25 @@ def _consumer(
     D: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
     HEADS: gl.constexpr,
     PACKED: gl.constexpr,
     PING: gl.constexpr,
     SPLIT: gl.constexpr,
+    POLY: gl.constexpr,
     W: gl.constexpr,
 ):
-    o, p_o, p_lse = outputs
-    s_q, q_full, q_free = queries
-    s_k, k_full, k_free = keys
-    s_v, _v_full, v_free = values
-    _cu, Tq, _offset, window, sinks, _group, packs, _blocks, _sequences, items = work
-    dtype: gl.constexpr = s_q.dtype
-    SPAN: gl.constexpr = 2 * ROWS // HEADS
-    SHIFT: gl.constexpr = W // HEADS * ROWS  # of this warpgroup's rows in the item
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SPAN, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    o_r = SHIFT + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-    o_n = gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT))
-    n = 0
+    items = work[9]
+    n = 0  # tiles so far
+    c = 0  # items so far
     for i in range((items - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        i_w = gl.program_id(0) + i * gl.num_programs(0)
-        i_b, i_h, begin, row, left, i0 = _item(i_w, work, HEADS, PACKED)
-        band, sink_end, sink_full, any_end, masked, full, count = stacked_tiles(i0, SPAN, window, sinks, BN)
-        i_q = i % 2
-        mbarrier.wait(q_full.index(i_q), (i // 2) & 1)
-        b_q = s_q.index(i_q * 2 + W)
-
-        # The first tile: no product to go with its scores.
-        mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
-        _take_turn(turns, n, W, PING)
-        b_s = _scores(b_q, s_k.index(n % STAGES), BN, S_LAYOUT)
-        b_s = warpgroup_mma_wait(0, deps=(b_s,))
-        _pass_turn(turns, W, PING)
-        mbarrier.arrive(k_free.index(n % STAGES), count=1)
-        j0 = stacked_start(0, i0, band, sink_end, sink_full, masked, full, BN)
-        end = gl.where(sink_end > sink_full * BN, sink_end, i0)
-        if any_end > 0:
-            b_s = _mask_any(b_s, j0, end, i0, window, sinks, o_r, o_n)
-        else:
-            b_s = _mask_band(b_s, j0, i0, window, o_r, o_n)
-        b_m = gl.full([ROWS], _LOWEST, gl.float32, gl.SliceLayout(1, S_LAYOUT))
-        b_l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
-        b_o = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
-        b_p, b_m, b_l, b_c = _softmax(b_s, b_m, b_l, scale_log2)
-        n += 1
-
-        for t in range(1, any_end):
-            j0 = stacked_start(t, i0, band, sink_end, sink_full, masked, full, BN)
-            b_p, b_c, b_o, b_m, b_l = _step(
-                b_q, keys, values, turns, n, b_p, b_c, b_o, b_m, b_l, scale_log2, j0, i0, i0, window, sinks, o_r, o_n,
-                "any", BN, S_LAYOUT, P_LAYOUT, STAGES, W, PING, SPLIT,
+        item = _item(gl.program_id(0) + i * gl.num_programs(0), work, HEADS, PACKED, 4)
+        if not PACKED or item[4] > 0:
+            n = _attend(
+                item, c, n, outputs, queries, keys, values, turns, work, scale_log2,
+                D, BN, STAGES, V_STAGES, HEADS, PACKED, PING, SPLIT, POLY, W,
             )  # fmt: skip
-            n += 1
-        for t in range(gl.maximum(any_end, 1), masked):
-            j0 = stacked_start(t, i0, band, sink_end, sink_full, masked, full, BN)
-            b_p, b_c, b_o, b_m, b_l = _step(
-                b_q, keys, values, turns, n, b_p, b_c, b_o, b_m, b_l, scale_log2, j0, i0, i0, window, sinks, o_r, o_n,
-                "band", BN, S_LAYOUT, P_LAYOUT, STAGES, W, PING, SPLIT,
-            )  # fmt: skip
-            n += 1
-        # The output of the item before has left its Q slot by now: the slot is free.
-        tma.store_wait(0)
-        mbarrier.arrive(q_free.index((i + 1) % 2), count=1, pred=i > 0)
-        for _ in range(gl.maximum(masked, 1), count):
-            b_p, b_c, b_o, b_m, b_l = _step(
-                b_q, keys, values, turns, n, b_p, b_c, b_o, b_m, b_l, scale_log2, 0, 0, i0, window, sinks, o_r, o_n,
-                "none", BN, S_LAYOUT, P_LAYOUT, STAGES, W, PING, SPLIT,
-            )  # fmt: skip
-            n += 1
-
-        # The diagonal tile, SPAN wide, and its product.
-        s_diagonal = view(s_k.index(n % STAGES), dtype, [SPAN, D], s_k.layout)
-        b_s, b_o, b_h = _issue(b_q, s_diagonal, keys, values, turns, n, b_p, b_c, b_o, SPAN, D_LAYOUT, P_LAYOUT, STAGES, W, PING, SPLIT)
-        # The minimum is 0, which the compiler does not know: it must not compute this mask once and keep it in registers for ever.
-        o_i = SHIFT + gl.minimum(i_w, 0) + gl.arange(0, ROWS, gl.SliceLayout(1, D_LAYOUT))
-        o_j = gl.arange(0, SPAN, gl.SliceLayout(0, D_LAYOUT))
-        near = (o_i - window)[:, None] < o_j[None, :]
-        b_s = gl.where((o_i[:, None] >= o_j[None, :]) & (near | (o_j < sinks - i0)[None, :]), b_s, float("-inf"))
-        b_m = gl.convert_layout(b_m, gl.SliceLayout(1, D_LAYOUT), assert_trivial=True)
-        b_l = gl.convert_layout(b_l, gl.SliceLayout(1, D_LAYOUT), assert_trivial=True)
-        b_d, b_m, b_l, b_c = _softmax(b_s, b_m, b_l, scale_log2)
-        b_o, b_d = _finish(b_o, b_h, b_d, values, n, STAGES)
-        b_h = gl.convert_layout(b_d.to(dtype), P_LAYOUT, assert_trivial=True)
-        b_o = b_o * gl.convert_layout(b_c, ROW_LAYOUT, assert_trivial=True)[:, None]
-        # [ROWS, SPAN] @ [SPAN, D] -> [ROWS, D]
-        b_o = warpgroup_mma(b_h, view(s_v.index(n % STAGES), dtype, [SPAN, D], s_v.layout), b_o, is_async=True)
-        b_lse = b_m * (scale_log2 * _LN2) + gl.log(b_l)
-        b_r = gl.convert_layout(1.0 / b_l, ROW_LAYOUT, assert_trivial=True)
-        b_o, b_h = warpgroup_mma_wait(0, deps=(b_o, b_h))
-        mbarrier.arrive(v_free.index(n % STAGES), count=1)
-        n += 1
-
-        b_h = (b_o * b_r[:, None]).to(dtype)
-        i_hq = i_h * HEADS + W % HEADS
-        heads = packs * HEADS
-        o_out = (i_b.to(gl.int64) * Tq + begin + row + o_i) * heads + i_hq
-        gl.store(p_lse + o_out, b_lse, mask=o_i < left)
-        if PACKED and left < SPAN:
-            # The end of a sequence, where a tile would overwrite the next one's rows.
-            o_o = gl.convert_layout(o_out, ROW_LAYOUT, assert_trivial=True)
-            m_o = gl.convert_layout(o_i < left, ROW_LAYOUT, assert_trivial=True)
-            o_d = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
-            gl.store(p_o + o_o[:, None] * D + o_d[None, :], b_h, mask=m_o[:, None])
-        else:
-            b_q.store(b_h)
-            fence_async_shared()
-            tma_store(o, [i_b, begin + row + SHIFT, i_hq, 0], view(b_q, dtype, [1, ROWS, 1, D], o.layout))
+            c += 1
     tma.store_wait(0)
 
 
@@ -428,9 +494,11 @@ def swa_fwd_hopper_kernel(
     D: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
     HEADS: gl.constexpr,
     PING: gl.constexpr,
     SPLIT: gl.constexpr,
+    POLY: gl.constexpr,
 ):
     """q, k, v, o are descriptors of [B, T, H, D] in tiles of ROWS, SPAN = 128 / HEADS (the diagonal) and BN rows; `p_o` and `p_lse` are
     contiguous. `group` query heads share a key/value head, `packs` = HQ / HEADS, `offset` = Tk - Tq. SPLIT: see `_issue`.
@@ -440,10 +508,10 @@ def swa_fwd_hopper_kernel(
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], dtype)
     s_q = gl.allocate_shared_memory(dtype, [4, ROWS, D], LAYOUT)  # two items of two warpgroups; outputs leave through it
     s_k = gl.allocate_shared_memory(dtype, [STAGES, BN, D], LAYOUT)
-    s_v = gl.allocate_shared_memory(dtype, [STAGES, BN, D], LAYOUT)
+    s_v = gl.allocate_shared_memory(dtype, [V_STAGES, BN, D], LAYOUT)
     queries = (s_q, _barriers(2, 1), _barriers(2, 2))
     keys = (s_k, _barriers(STAGES, 1), _barriers(STAGES, 2))
-    values = (s_v, _barriers(STAGES, 1), _barriers(STAGES, 2))
+    values = (s_v, _barriers(V_STAGES, 1), _barriers(V_STAGES, 2))
     turns = _barriers(2, 1)
     fence_async_shared()
     if PING:  # the first turn is warpgroup 0's
@@ -453,9 +521,15 @@ def swa_fwd_hopper_kernel(
     work = (cu_seqlens, Tq, offset, window, sinks, group, packs, blocks, sequences, items)
     gl.warp_specialize(
         [
-            (_consumer, (outputs, queries, keys, values, turns, work, scale_log2, D, BN, STAGES, HEADS, PACKED, PING, SPLIT, 0)),
-            (_consumer, (outputs, queries, keys, values, turns, work, scale_log2, D, BN, STAGES, HEADS, PACKED, PING, SPLIT, 1)),
-            (_producer, (tensors, queries, keys, values, work, D, BN, STAGES, HEADS, PACKED)),
+            (
+                _consumer,
+                (outputs, queries, keys, values, turns, work, scale_log2, D, BN, STAGES, V_STAGES, HEADS, PACKED, PING, SPLIT, POLY, 0),
+            ),
+            (
+                _consumer,
+                (outputs, queries, keys, values, turns, work, scale_log2, D, BN, STAGES, V_STAGES, HEADS, PACKED, PING, SPLIT, POLY, 1),
+            ),
+            (_producer, (tensors, queries, keys, values, work, D, BN, STAGES, V_STAGES, HEADS, PACKED)),
         ],
         [4, 1],
         [240, 24],
