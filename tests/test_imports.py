@@ -128,6 +128,7 @@ _ABOVE = {
     "allmem_ops.training": ["allmem_ops.evaluation", "allmem_ops.demo"],
     "allmem_ops.evaluation": ["allmem_ops.evaluate", "allmem_ops.demo"],
     "allmem_ops.hf": ["allmem_ops.demo", "allmem_ops.inference"],
+    "allmem_ops.inference": ["allmem_ops.generate", "allmem_ops.training", "allmem_ops.demo"],
     "allmem_ops.testing": ["allmem_ops.layers", "allmem_ops.hf", "allmem_ops.training", "allmem_ops.demo", "allmem_ops.inference"],
 }
 # Inside an operator: api -> registration -> chunk and kernels, never back.
@@ -150,7 +151,7 @@ def _violations() -> list[str]:
                 bad += [f"{module} imports {m}" for m in imported if _under(m, f"{home}.registration")]
             others = {p.name for p in (PACKAGE / "ops").iterdir() if p.is_dir() and p.name not in (op, "kernels", "__pycache__")}
             bad += [f"{module} imports {m}" for m in imported if _under(m, *(f"allmem_ops.ops.{o}" for o in others))]
-        if not _under(module, "allmem_ops.hf", "allmem_ops.demo", "allmem_ops.evaluate"):
+        if not _under(module, "allmem_ops.hf", "allmem_ops.demo", "allmem_ops.evaluate", "allmem_ops.generate"):
             bad += [f"{module} imports {m}" for m in imported if _under(m, "transformers")]
         runs_kernels = any(part == "kernels" or part.startswith("launch") for part in module.split("."))
         if not runs_kernels and module != "allmem_ops.testing.aot":
