@@ -1,4 +1,4 @@
-"""Contests of `memory_input`: shares of the copy bandwidth."""
+"""Contests of `memory_input`: shares of the copy bandwidth, and fla-core's convolution and norms where it is installed."""
 
 import functools
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from allmem_ops import memory_input
 from benchmarks.gpu.contest import OURS, Contest, Gate
 from benchmarks.gpu.timing import Call
+from benchmarks.peers import optional
 
 H100 = "NVIDIA H100"
 TAPS = 4
@@ -22,17 +23,21 @@ def _build(T: int, H: int, d: int) -> dict[str, dict[str, Call]]:
     norms = {"q_norm": leaf(d), "k_norm": leaf(d)}
     leaves = [projected, *weights, *norms.values()]
 
-    def forward() -> tuple[Tensor, ...]:
+    def ours() -> tuple[Tensor, ...]:
         return memory_input(projected, *weights, heads=H, **norms)[:6]
 
-    def timed() -> None:
-        with torch.no_grad():
-            forward()
+    up = [torch.randn_like(y) for y in ours()]
+    calls: dict[str, dict[str, Call]] = {"forward": {}, "backward": {}}
+    peers = {name: functools.partial(peer, projected, *weights, H, *norms.values()) for name, peer in optional.memory_input().items()}
+    for name, forward in ({OURS: ours} | peers).items():
 
-    outputs = forward()
-    up = [torch.randn_like(y) for y in outputs]
-    backward = functools.partial(torch.autograd.grad, outputs, leaves, up, retain_graph=True)
-    return {"forward": {OURS: timed}, "backward": {OURS: backward}}
+        def timed(forward: Call = forward) -> None:
+            with torch.no_grad():
+                forward()
+
+        calls["forward"][name] = timed
+        calls["backward"][name] = functools.partial(torch.autograd.grad, forward(), leaves, up, retain_graph=True)
+    return calls
 
 
 def _memory_input(T: int, H: int, d: int, forward: list[Gate], backward: list[Gate]) -> Contest:
@@ -41,8 +46,10 @@ def _memory_input(T: int, H: int, d: int, forward: list[Gate], backward: list[Ga
     return Contest(
         "memory_input", f"T{T}-{H}x{d}", functools.partial(_build, T, H, d),
         work={"forward": (2 * TAPS * T * 3 * H * d, read + written), "backward": (6 * TAPS * T * 3 * H * d, 2 * read + written)},
-        gates={H100: {"forward": forward, "backward": backward}}, device_time=True,
+        gates={H100: {"forward": forward, "backward": backward}}, device_time=True, as_called=True,
     )  # fmt: skip
 
 
-CONTESTS = (_memory_input(32768, 8, 64, [Gate(80.0, 80.0, unit="% of copy")], [Gate(65.0, 65.0, unit="% of copy")]),)
+_FASTER = [Gate(1.0, 1.0, peer) for peer in optional.memory_input()]
+
+CONTESTS = (_memory_input(32768, 8, 64, [Gate(80.0, 80.0, unit="% of copy"), *_FASTER], [Gate(65.0, 65.0, unit="% of copy"), *_FASTER]),)

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from torch import Tensor
+from torch.nn import functional as F
 
 WindowAttention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+MemoryInput = Callable[[Tensor, Tensor, Tensor, int, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def window_attention() -> dict[str, WindowAttention]:
@@ -24,3 +26,21 @@ def window_attention() -> dict[str, WindowAttention]:
 
         found["flash-attn-4"] = flash
     return found
+
+
+def memory_input() -> dict[str, MemoryInput]:
+    """Those that have the parts of `memory_input`: (projected, conv_weight, head_bias, heads, q_norm, k_norm) -> q, k, v, eta, mu, gate."""
+    if not find_spec("fla"):
+        return {}
+    from fla.modules.causal_conv1d import causal_conv1d
+    from fla.modules.norm.l2norm import l2norm
+    from fla.modules.norm.layernorm import rms_norm
+
+    def parts(projected: Tensor, conv_weight: Tensor, head_bias: Tensor, heads: int, q_norm: Tensor, k_norm: Tensor) -> tuple[Tensor, ...]:
+        x, logits = projected.split([conv_weight.shape[0], head_bias.shape[0]], -1)
+        q, k, v = causal_conv1d(x, conv_weight, activation="silu")[0].unflatten(-1, (3, heads, -1)).unbind(2)
+        q, k = (l2norm(rms_norm(y, weight, None, eps=1e-6)) for y, weight in ((q, q_norm), (k, k_norm)))
+        eta, mu, gate = (logits.float() + head_bias).split([3 * heads, heads, logits.shape[-1] - 4 * heads], -1)
+        return q, k, v, F.softplus(eta).unflatten(-1, (heads, 3)), mu.sigmoid(), gate.to(projected.dtype)
+
+    return {"fla-core": parts}
