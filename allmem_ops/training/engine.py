@@ -112,6 +112,8 @@ class Distillation:
         config = reconfigure(model)
         self._own = Draw(config.window, config.sinks, config.chunk_size)
         groups = trainable_parameters(model, lr=recipe.lr)
+        for group in groups:  # a part of the memory may be frozen
+            group["params"] = [p for p in group["params"] if p.requires_grad]
         _check_only_memory_trains(model, [p for group in groups for p in group["params"]])
         if cuda_graph and (recipe.draws or accelerator is not None):
             fail("cuda_graph", "must be False where window, sinks or chunk size change from step to step, or with an accelerator", True)
@@ -201,14 +203,17 @@ class Distillation:
         if self.sharded:
             raise RuntimeError("the state of a sharded run is saved by accelerate's own save_state")
         states = getattr(self.optimizer, "optimizer", self.optimizer).state
-        return {f"{key}/{name}": x for name, p in memory_parameters(self.model).items() for key, x in states.get(p, {}).items()}
+        return {f"{key}/{name}": x for name, p in self._trained().items() for key, x in states.get(p, {}).items()}
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in memory_parameters(self.model).items() if p.requires_grad}
 
     def check_optimizer_state(self, tensors: dict[str, Tensor], index: int) -> None:
         """Raises:
         ValueError: `tensors` are not the `optimizer_state` of this model before step `index`.
         """
         keys = ("exp_avg", "exp_avg_sq", "step") if index else ()
-        parameters = memory_parameters(self.model)
+        parameters = self._trained()
         expected = {f"{key}/{name}": () if key == "step" else tuple(p.shape) for name, p in parameters.items() for key in keys}
         found = {name: tuple(t.shape) for name, t in tensors.items()}
         if found != expected:
@@ -223,7 +228,7 @@ class Distillation:
         """
         self.check_optimizer_state(tensors, index)
         states = getattr(self.optimizer, "optimizer", self.optimizer).state
-        for name, p in memory_parameters(self.model).items():
+        for name, p in self._trained().items():
             own = {key: tensors.get(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")} if index else {}
             states[p] = {key: x.to(p.device, torch.float32, copy=True) for key, x in own.items()}
         self.index = index

@@ -97,6 +97,21 @@ def test_the_largest_tensor_of_a_step_is_a_chunk_of_logits():
     assert largest.numel == chunk * vocab
 
 
+def test_a_frozen_part_of_the_memory_stays():
+    model = make_model()
+    parameters = memory_parameters(model)
+    for name, p in parameters.items():
+        p.requires_grad_(".w_" not in name)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    engine, _ = run(model, RECIPE, batches(2))
+    changed = {name for name, p in parameters.items() if not torch.equal(p, before[name])}
+    assert changed == {name for name in parameters if ".w_" not in name}
+    state = engine.optimizer_state()
+    assert not any(".w_" in name for name in state)
+    again = Distillation(model, RECIPE)
+    again.load_optimizer_state(state, 2)
+
+
 def test_cuda_graph_is_refused_where_it_would_freeze_a_draw():
     with pytest.raises(ValueError, match="`cuda_graph` must be False where window, sinks or chunk size change"):
         Distillation(make_model(), RECIPE, cuda_graph=True)
