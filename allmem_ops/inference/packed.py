@@ -9,6 +9,7 @@ make them. The elementwise work between them is compiled by torch where there is
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,13 +103,14 @@ class PackedStep:
 
     Args:
         model: a converted model of a known family.
+        memory: False leaves the memory branches out, and their projections with them.
 
     Raises:
         ValueError: `model` is not converted.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, *, memory: bool = True) -> None:
+        self.model, self.memory = model, memory
         self.refresh()
 
     @torch.no_grad()
@@ -118,7 +120,7 @@ class PackedStep:
         self.layers = []
         for module in getattr(runtime.decoder(self.model), runtime.family.layers):
             attention = getattr(module, runtime.family.attention)
-            branch = getattr(attention, "memory", None)
+            branch = getattr(attention, "memory", None) if self.memory else None
             projections = [attention.q_proj, attention.k_proj, attention.v_proj]
             dtype = attention.o_proj.weight.dtype
             self.layers.append(
@@ -150,36 +152,44 @@ class PackedStep:
         position = cache.positions[:, None]
         at = rotary(x[:, None], position)
         clamped = None
-        if runtime.config.sinks and runtime.config.sink_positions == "clamped":
+        if self._clamps_sinks(runtime):
             clamped = rotary(x[:, None], position.clamp(max=runtime.trained_length - 1))
         for layer, state in zip(self.layers, cache.layers, strict=True):
-            self._layer(x, layer, state.window, state.memory, at, clamped, active, runtime)
+            self._add_mixed(x, layer, state, at, clamped, active, runtime)
+            after, mlp = layer.module.post_attention_layernorm, layer.module.mlp
+            y = F.linear(norm(x, after.weight, after.variance_epsilon), *layer.gate_up)
+            _add_product(x, _on(x.device, gated)(y, mlp.act_fn), mlp.down_proj.weight, mlp.down_proj.bias)
         return F.linear(norm(x, decoder.norm.weight, decoder.norm.variance_epsilon), self.model.get_output_embeddings().weight)
 
-    def _layer(
-        self, x: Tensor, layer: _Layer, window: object, memory: object, at: tuple[Tensor, Tensor], clamped: tuple[Tensor, Tensor] | None,
-        active: Tensor, runtime: Runtime,
+    def _clamps_sinks(self, runtime: Runtime) -> bool:
+        return runtime.config.sinks > 0 and runtime.config.sink_positions == "clamped"
+
+    def _add_mixed(
+        self, x: Tensor, layer: _Layer, state: Any, at: tuple[Tensor, Tensor], clamped: tuple[Tensor, Tensor] | None, active: Tensor,
+        runtime: Runtime,
     ) -> None:  # fmt: skip
-        """Attention, memory and MLP of one layer, added to the residual stream `x` [B, d_model] in place."""
-        norm, module, attention = _on(x.device, rms_norm), layer.module, layer.attention
+        """Attention and memory of one layer, added to the residual stream `x` [B, d_model] in place."""
+        attention, before = layer.attention, layer.module.input_layernorm
         D = attention.head_dim
         heads = attention.q_proj.weight.shape[0] // D, attention.k_proj.weight.shape[0] // D
-        before = module.input_layernorm
-        y = F.linear(norm(x, before.weight, before.variance_epsilon), *layer.inputs)
+        y = F.linear(_on(x.device, rms_norm)(x, before.weight, before.variance_epsilon), *layer.inputs)
         norms = None
         if hasattr(attention, "q_norm"):
             norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
         q, k, q_sinks = _on(x.device, rotated_heads)(y, norms, heads, D, at, clamped)
         first, last = sum(heads) * D, (sum(heads) + heads[1]) * D
         v = y[:, None, first:last].unflatten(-1, (heads[1], D))
-        o = swa_step(q, k, v, window, scale=attention.scaling, q_sinks=q_sinks, active=active, impl=runtime.config.impl)
+        o = self._attend(q, k, v, q_sinks, state.window, active, attention.scaling, runtime)
         _add_product(x, o.flatten(1), attention.o_proj.weight, attention.o_proj.bias)
         if layer.branch is not None and runtime.memory:
-            readout = layer.branch.step_readout(y[:, None, last:], memory, active)
+            readout = layer.branch.step_readout(y[:, None, last:], state.memory, active)
             _add_product(x, readout[:, 0], layer.memory_out, None)
-        after = module.post_attention_layernorm
-        y = F.linear(norm(x, after.weight, after.variance_epsilon), *layer.gate_up)
-        _add_product(x, _on(x.device, gated)(y, module.mlp.act_fn), module.mlp.down_proj.weight, module.mlp.down_proj.bias)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, q_sinks: Tensor | None, window: Any, active: Tensor, scale: float, runtime: Runtime
+    ) -> Tensor:
+        """[B, 1, HQ, D]; the token is put into `window`."""
+        return swa_step(q, k, v, window, scale=scale, q_sinks=q_sinks, active=active, impl=runtime.config.impl)
 
 
 def _add_product(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> None:

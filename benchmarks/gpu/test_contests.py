@@ -7,11 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import fusion, layers, memory_input, swa, ttt_mlp
+from benchmarks.gpu import fusion, inference, layers, memory_input, swa, ttt_mlp
 from benchmarks.gpu.contest import Contest, judge, run
 from benchmarks.measure import environment
 
-CONTESTS = (*swa.CONTESTS, *ttt_mlp.CONTESTS, *fusion.CONTESTS, *memory_input.CONTESTS, *layers.CONTESTS, *ttt_mlp.AGAINST_A_LOOP)
+CONTESTS = (
+    *swa.CONTESTS,
+    *ttt_mlp.CONTESTS,
+    *fusion.CONTESTS,
+    *memory_input.CONTESTS,
+    *layers.CONTESTS,
+    *inference.CONTESTS,
+    *ttt_mlp.AGAINST_A_LOOP,
+)
 
 
 @pytest.fixture(scope="session")

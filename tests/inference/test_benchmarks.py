@@ -1,0 +1,97 @@
+"""What the benchmarks of inference compare: the peer computes full attention, bytes are those of the cost formulas, gates see a miss."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from allmem_ops.cost import cache_bytes, memory_state_bytes
+from allmem_ops.hf import AllMemCache, convert, full_attention
+from allmem_ops.inference.packed import PackedStep
+from benchmarks.gpu import inference
+from benchmarks.gpu.contest import OURS
+from benchmarks.peers.static_cache import FullAttentionStep, StaticCache, sdpa
+from tests.hf.tiny import awaken, tiny_config, tiny_model, tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@torch.no_grad()
+def test_the_peer_is_full_attention_over_a_static_cache(family):
+    model, ids = awaken(convert(tiny_model(family), tiny_config())), tokens(2, 30)
+    step, cache, found = FullAttentionStep(model, sdpa), StaticCache(model, 2, 30), []
+    for t, token in enumerate(ids.split(1, 1)):
+        cache.positions.fill_(t)
+        cache.context = t + 1
+        found.append(step(token, torch.ones(2, dtype=torch.bool), cache))
+    with full_attention(model):
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.stack(found, 1), expected, atol=2e-4, rtol=0)
+    assert cache.nbytes == 3 * 2 * 2 * 30 * 3 * 16 * 4
+
+
+@pytest.mark.parametrize("name", sorted(inference.SHAPES))
+def test_the_states_bytes_by_part_are_those_of_the_formulas(name):
+    """At full size, on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(inference.SHAPES[name], dtype=torch.bfloat16)
+    cache = AllMemCache(convert(model, inference.CONFIG), 1)
+    shape = inference.shape_of(name)
+    window, memory = (sum(getattr(layer, part).nbytes for layer in cache.layers) for part in ("window", "memory"))
+    assert window == cache_bytes(shape, 1_000_000, "swa")
+    assert memory == shape.memory_layers * memory_state_bytes(shape)
+    assert cache.nbytes == cache_bytes(shape, 1, "allmem") == cache_bytes(shape, 10**6, "allmem")
+
+
+@pytest.mark.parametrize("name", sorted(inference.SHAPES))
+def test_the_least_bytes_of_a_step_are_those_of_the_tensors_it_reads(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(inference.SHAPES[name], dtype=torch.bfloat16)
+    convert(model, inference.CONFIG)
+    packed = PackedStep(model)
+    weights = packed.nbytes + model.get_output_embeddings().weight.nbytes
+    weights += sum(layer.module.mlp.down_proj.weight.nbytes + layer.attention.o_proj.weight.nbytes for layer in packed.layers)
+    cache = AllMemCache(model, 3)
+    state = sum(layer.window.nbytes + sum(t.nbytes for t in layer.memory.memory.rounded) for layer in cache.layers)
+    assert inference.step_bytes(name, 3) == weights + state
+
+
+def test_contests_call_the_step_of_each(monkeypatch):
+    """On a CPU with a tiny shape: every contestant runs, and ours is where it is said to be."""
+    shape = tiny_model("qwen3").config
+    monkeypatch.setitem(inference.SHAPES, "tiny", shape)
+    small = inference.build_model(shape, tiny_config(), "cpu", torch.float32)
+    monkeypatch.setattr(inference, "_model", lambda name: small)
+    monkeypatch.setattr(inference, "flex", sdpa)
+    calls = inference._steps("tiny", 2, 40, True, True)["step"]
+    assert set(calls) == {OURS, inference.AT_8K, inference.SDPA, inference.FLEX}
+    for call in calls.values():
+        call()
+        call()
+
+
+def test_a_stream_is_measured_and_judged():
+    shape = tiny_model("qwen3").config
+    model = inference.build_model(shape, tiny_config(), "cpu", torch.float32)
+    ids = inference.library_bytes(400)
+    assert ids.shape == (1, 400) and ids.max() < 256 and len(ids.unique()) > 20
+    found = inference.read_stream(model, ids % 97, 16)
+    assert len(found["tokens_per_s_by_tenth"]) == 10 and found["tokens"] == 400
+    assert found["cache_bytes"] == AllMemCache(model, 1).nbytes
+    assert list(found["peak_bytes_by_tokens"]) == ["16", "32", "64", "128", "256"]
+    stream = inference.Stream("Qwen3-0.6B", least=80_000.0)
+    good = {
+        "tokens_per_s": 90_000.0,
+        "tokens_per_s_by_tenth": [90_000.0] * 9 + [87_000.0],
+        "peak_bytes_first": 10**9,
+        "peak_bytes_last": 10**9 + 10,
+    }
+    assert all(v["passed"] for v in inference.judge_stream(stream, good, "NVIDIA H100 80GB HBM3"))
+    for change, gate in (
+        ({"tokens_per_s": 79_000.0}, "tokens/s"),
+        ({"tokens_per_s_by_tenth": [90_000.0] * 9 + [85_000.0]}, "last tenth over first tenth"),
+        ({"peak_bytes_last": 10**9 + 2_000_000}, "high-water mark after the first segment, bytes more"),
+    ):
+        verdicts = inference.judge_stream(stream, good | change, "NVIDIA H100 80GB HBM3")
+        assert [v["gate"] for v in verdicts if not v["passed"]] == [gate]
+    assert len(inference.judge_stream(dataclasses.replace(stream, least=None), good, "NVIDIA H100")) == 2
