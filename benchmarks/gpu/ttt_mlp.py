@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from allmem_ops import MemoryState, ttt_mlp, ttt_mlp_step
+from allmem_ops.ops.ttt_mlp.tail import TAIL_TOKENS
 from benchmarks.gpu.contest import OURS, Contest, Gate
 from benchmarks.gpu.timing import Call
 from benchmarks.peers.chunk_loop import chunk_loop, chunk_step
@@ -86,8 +87,11 @@ def _memory(B: int, H: int, T: int, d: int, h: int, chunk: int, forward: list[Ga
     )  # fmt: skip
 
 
-def _decode(batch: int, gate: Gate) -> Contest:
-    """One graph replays a step on each of 4 states in turn (1 MB each at batch 1: with 64 states the L2 holds none of them)."""
+def _decode(batch: int, gates: list[Gate], steps: int = 1) -> Contest:
+    """One graph replays `steps` steps of 4 states in turn (1 MB each at batch 1: with 64 states the L2 holds none of them).
+
+    One step: no fold is due. As many as a tail holds: in one of them every row folds, and the time is the average.
+    """
     H, d, h, chunk = 8, 64, 128, 2048
     states = 4 if batch >= 16 else 64
 
@@ -96,16 +100,17 @@ def _decode(batch: int, gate: Gate) -> Contest:
         weights = [x.pop(n) for n in ("w_gate", "w_up", "w_down")]
         held = [MemoryState.initial(*weights, batch=batch, chunk_size=chunk, dtype=torch.bfloat16) for _ in range(states)]
 
-        def steps() -> None:
-            for state in held:
-                ttt_mlp_step(*x.values(), state)
+        def decode() -> None:
+            for _ in range(steps):
+                for state in held:
+                    ttt_mlp_step(*x.values(), state)
 
-        return {"step": {OURS: steps}}
+        return {"step": {OURS: decode}}
 
     return Contest(
-        "ttt_mlp_step", f"B{batch}-{H}x{d}x{h}", build,
+        "ttt_mlp_step", f"B{batch}-{H}x{d}x{h}" + f"-mean-of-{steps}" * (steps > 1), build,
         work={"step": (18 * batch * H * d * h, 3 * batch * H * d * h * 4)},
-        gates={H100: {"step": [gate]}}, graph=frozenset({"step"}), inner=states,
+        gates={H100: {"step": gates}}, graph=frozenset({"step"}), inner=states * steps, as_called=steps == 1,
     )  # fmt: skip
 
 
@@ -119,8 +124,10 @@ CONTESTS = (
     _memory(8, 8, 8192, 64, 128, 2048, _ms(0.45, 0.35), _ms(1.8, 1.4), peer=False),
     _memory(1, 8, 131072, 64, 128, 2048, _ms(1.6, 1.15), _ms(5.8, 4.2), peer=False),
     _memory(1, 16, 32768, 128, 256, 2048, _ms(1.6, 1.3), _ms(6.2, 5.2), peer=False),
-    _decode(1, Gate(8.0, 8.0, unit="us")),
-    _decode(64, Gate(20.0, 20.0, unit="us")),
+    _decode(1, [Gate(8.0, 8.0, unit="us")]),
+    _decode(64, [Gate(20.0, 20.0, unit="us")]),
+    _decode(1, [Gate(8.0, 8.0, unit="us")], TAIL_TOKENS),
+    _decode(64, [Gate(20.0, 20.0, unit="us")], TAIL_TOKENS),
 )
 
 AGAINST_A_LOOP = (

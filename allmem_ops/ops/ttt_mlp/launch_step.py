@@ -8,6 +8,7 @@ from torch import Tensor
 from allmem_ops._validation import fail, short
 from allmem_ops.ops.kernels.configs import Config, Table, candidates
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
+from allmem_ops.ops.kernels.launcher import launch_plain
 from allmem_ops.ops.ttt_mlp.kernels.common import NONE, POST_WRITE, PRE_WRITE
 from allmem_ops.ops.ttt_mlp.kernels.step import (
     ttt_mlp_step_count_kernel,
@@ -64,42 +65,24 @@ def ttt_mlp_step(
     seen = torch.empty(N, 2, dtype=torch.int32, device=q.device)
     chunk_size, norm, residual, grad_clip, eps = options
     stride_a = 0 if active is None else active.stride(0)
-    BD = _padded(d)
-    sizes = {"D": d, "HID": h, "BD": BD}
-    config = candidates(_FOLD if T == 1 else _SEGMENTS, gpu_class(q.device), (BD, short(q.dtype)))[0]
-    fold = sizes | {"NORM": _NORM[norm], "PREC": "ieee"} | config.options()
+    BD, device = _padded(d), q.device
+    config = candidates(_FOLD if T == 1 else _SEGMENTS, gpu_class(device), (BD, short(q.dtype)))[0]
+    sizes = [d, h, BD]
+    fold = [*sizes, config.constants["HS"], config.constants["BT"], _NORM[norm]]
     if T == 1:
-        pdl = gpu_class(q.device) != "sm80"
-        launch = {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
+        pdl = gpu_class(device) != "sm80"
+        launch = {"launch_pdl": True} if pdl else {}
         strides = [s for x in (q, k, v, eta, mu) for s in (x.stride(0), *x.stride()[2:])]
-        ttt_mlp_step_token_kernel[N * H,](
-            q, k, v, eta, mu, *rounded, mu_sum, *tails, count, tail, active, seen, o, H, *strides, stride_a,
-            **sizes, HS=min(_padded(h), 8192 // BD), RESIDUAL=residual, num_warps=8, **launch,
-        )  # fmt: skip
-        ttt_mlp_step_fold_kernel[min(N * H, sm_count(q.device)),](
-            *matrices[:3],
-            *rounded,
-            *matrices[3:],
-            *norms,
-            mu_sum,
-            *tails,
-            count,
-            position,
-            tail,
-            seen,
-            N,
-            H,
-            chunk_size,
-            grad_clip,
-            eps,
-            **fold,
-            **launch,
-        )
+        args = [q, k, v, eta, mu, *rounded, mu_sum, *tails, count, tail, active, seen, o, H, *strides, stride_a]
+        args += [*sizes, min(_padded(h), 8192 // BD), residual, pdl]
+        launch_plain(ttt_mlp_step_token_kernel, device, N * H, args, {"num_warps": 8, **launch})
+        args = [*matrices[:3], *rounded, *matrices[3:], *norms, mu_sum, *tails, count, position, tail, seen]
+        args += [N, H, chunk_size, grad_clip, eps, *fold, "ieee", pdl]
+        launch_plain(ttt_mlp_step_fold_kernel, device, min(N * H, sm_count(device)), args, config.launch_options() | launch)
     else:
         strides = [s for x in (q, k, v, eta, mu) for s in x.stride()]
-        ttt_mlp_step_segments_kernel[N * H,](
-            q, k, v, eta, mu, *matrices[:3], *rounded, *matrices[3:], *norms, mu_sum, *tails, count, tail, active, seen, o, H, T,
-            chunk_size, grad_clip, eps, *strides, stride_a, **fold, RESIDUAL=residual,
-        )  # fmt: skip
-        ttt_mlp_step_count_kernel[-(-N // 128),](count, position, tail, seen, N, T, chunk_size)
+        args = [q, k, v, eta, mu, *matrices[:3], *rounded, *matrices[3:], *norms, mu_sum, *tails, count, tail, active, seen, o, H, T]
+        args += [chunk_size, grad_clip, eps, *strides, stride_a, *fold, residual, "ieee"]
+        launch_plain(ttt_mlp_step_segments_kernel, device, N * H, args, config.launch_options())
+        launch_plain(ttt_mlp_step_count_kernel, device, -(-N // 128), [count, position, tail, seen, N, T, chunk_size], {"num_warps": 4})
     return o
