@@ -50,6 +50,7 @@ class Contest:
         op, name: what is timed.
         build: makes the inputs and returns, for each direction, the contestants' calls by name; ours is `OURS`.
         work: (FLOPs, bytes) of each direction, by the formulas in the operators' READMEs.
+        work_of: the same for contestants that do other work, by name.
         gates: of each direction, for the cards that have any: `{"NVIDIA H100": {"forward": [Gate(...)]}}`.
         graph: directions that are timed as a replayed CUDA graph; others as called, by events.
         device_time: what is called has the device's time, not the host's: the host gets a head start (for calls shorter than their launch).
@@ -66,6 +67,7 @@ class Contest:
     device_time: bool = False
     inner: int = 1
     as_called: bool = False
+    work_of: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -75,15 +77,15 @@ class Contest:
 
 
 def run(contest: Contest, ceilings: Mapping[str, float]) -> dict:
-    """Time a contest: for each direction and contestant ms, spread, TFLOP/s, GB/s, shares of the ceilings; and our peak memory."""
+    """Time a contest: for each direction and contestant ms, spread, TFLOP/s, GB/s, shares of the ceilings, peak memory."""
     torch.manual_seed(0)
     torch._dynamo.reset()  # each contest compiles its peers anew: past 8 shapes of one function torch.compile runs it uncompiled
     found: dict = {"op": contest.op, "name": contest.name, "directions": {}}
     for direction, calls in contest.build().items():
         timed = {n: graphed(c) for n, c in calls.items()} if direction in contest.graph else calls
-        flops, moved = contest.work[direction]
         results = {}
         for name, times in interleaved_ms(timed, head_start=contest.device_time).items():
+            flops, moved = contest.work_of.get(name, contest.work)[direction]
             result = summary([t / contest.inner for t in times])
             seconds = result["ms"] * 1e-3
             result |= {"tflops": flops / seconds / 1e12, "gb_per_s": moved / seconds / 1e9}
@@ -91,13 +93,13 @@ def run(contest: Contest, ceilings: Mapping[str, float]) -> dict:
                 "percent_of_flops": 100 * flops / seconds / ceilings["flops"],
                 "percent_of_copy": 100 * moved / seconds / ceilings["bytes"],
             }
+            result["extra_peak_bytes"] = _extra_peak_bytes(calls[name])
             results[name] = result
         called = "as called, events, host ahead" if contest.device_time else "as called, events"
         results[OURS]["mode"] = "graph" if direction in contest.graph else called
         if contest.as_called:
             for name, call in calls.items():
                 results[name]["wall_ms"] = as_called_ms(call) / contest.inner
-        results[OURS]["extra_peak_bytes"] = _extra_peak_bytes(calls[OURS])
         found["directions"][direction] = results
     return found
 

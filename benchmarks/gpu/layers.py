@@ -1,6 +1,7 @@
 """Contests of the layers: `MemoryBranch`, and the whole token mixer against the same layer with full attention."""
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,38 +28,59 @@ def _awake(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def _directions(layers: dict[str, tuple[torch.nn.Module, Tensor]]) -> dict[str, dict[str, Call]]:
-    """forward without autograd; forward and backward with the gradients of the input and of every parameter."""
-    calls: dict[str, dict[str, Call]] = {"forward": {}, "forward and backward": {}}
-    for name, (layer, x) in layers.items():
-        up, leaves = torch.randn_like(x), [x, *layer.parameters()]
+@dataclass(frozen=True)
+class _Entry:
+    """A contestant: a layer, and what it is called with."""
 
-        def forward(layer: torch.nn.Module = layer, x: Tensor = x) -> None:
-            with torch.no_grad():
-                layer(x)
+    layer: torch.nn.Module
+    inputs: tuple[Tensor, ...]
 
-        def both(layer: torch.nn.Module = layer, x: Tensor = x, leaves: list[Tensor] = leaves, up: Tensor = up) -> None:
-            torch.autograd.grad(layer(x), leaves, up)
+    def forward(self) -> None:
+        with torch.no_grad():
+            self.layer(*self.inputs)
 
-        calls["forward"][name], calls["forward and backward"][name] = forward, both
-    return calls
+    def both(self, up: Tensor) -> None:
+        """With the gradients of the inputs and of every parameter."""
+        torch.autograd.grad(self.layer(*self.inputs), [*self.inputs, *self.layer.parameters()], up)
+
+
+def _directions(entries: dict[str, _Entry]) -> dict[str, dict[str, Call]]:
+    ups = {name: torch.randn_like(e.inputs[0]) for name, e in entries.items()}
+    return {
+        "forward": {name: e.forward for name, e in entries.items()},
+        "forward and backward": {name: functools.partial(e.both, ups[name]) for name, e in entries.items()},
+    }
 
 
 def _input(T: int, d_model: int) -> Tensor:
     return torch.randn(1, T, d_model, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
 
+def _both(parts: dict[str, float], moved: int) -> dict[str, tuple[int, int]]:
+    """Work of both directions, from that of the forward's parts: backward repeats attention's scores and doubles everything else."""
+    backward = {"attention": 2.5}
+    forward = sum(parts.values())
+    return {
+        "forward": (forward, moved),
+        "forward and backward": (sum(flops * (1 + backward.get(part, 2)) for part, flops in parts.items()), 3 * moved),
+    }
+
+
+def _memory_flops(T: int, d_model: int, config: AllMemConfig) -> dict[str, int]:
+    width = config.heads * config.head_dim
+    return {"memory projections": 2 * T * d_model * (4 * width + 5 * config.heads), "memory": 18 * T * width * config.hidden}
+
+
 def _branch(T: int, forward: Gate, both: Gate) -> Contest:
     d_model = 1024
 
     def build() -> dict[str, dict[str, Call]]:
-        return _directions({OURS: (_awake(MemoryBranch(d_model, CONFIG, device="cuda")), _input(T, d_model))})
+        branch = _awake(MemoryBranch(d_model, CONFIG, device="cuda"))
+        return _directions({OURS: _Entry(branch, (_input(T, d_model), _input(T, d_model)))})
 
-    width = CONFIG.heads * CONFIG.head_dim
-    flops = 2 * T * d_model * (4 * width + 5 * CONFIG.heads) + 18 * T * width * CONFIG.hidden
-    moved = 2 * T * 2 * d_model
+    moved = 2 * T * 3 * d_model  # the hidden state, attention's output and the sum
     return Contest(
-        "memory_branch", f"Qwen3-0.6B-T{T}", build, work={"forward": (flops, moved), "forward and backward": (3 * flops, 3 * moved)},
+        "memory_branch", f"Qwen3-0.6B-T{T}", build, work=_both(_memory_flops(T, d_model, CONFIG), moved),
         gates={H100: {"forward": [forward], "forward and backward": [both]}}, as_called=True,
     )  # fmt: skip
 
@@ -73,20 +95,21 @@ def _mixer(model: str, T: int, forward: list[Gate], both: list[Gate], quarter: b
             d_model, heads=heads, heads_kv=heads_kv, head_dim=head_dim, config=config, qk_norm=qk_norm, device="cuda", dtype=torch.bfloat16
         )
         x = _input(T, d_model)
-        layers = {OURS: (_awake(mixer), x), SDPA: (FullAttention(mixer, sdpa), x)}
+        entries = {OURS: _Entry(_awake(mixer), (x,)), SDPA: _Entry(FullAttention(mixer, sdpa), (x,))}
         if T <= 32768:
-            layers[FLEX] = (FullAttention(mixer, flex), x)
+            entries[FLEX] = _Entry(FullAttention(mixer, flex), (x,))
         if quarter:
-            layers[QUARTER] = (mixer, _input(T // 4, d_model))
-        return _directions(layers)
+            entries[QUARTER] = _Entry(mixer, (_input(T // 4, d_model),))
+        return _directions(entries)
 
-    width = config.heads * config.head_dim
-    projections = 2 * T * d_model * (2 * (heads + heads_kv) * head_dim + 4 * width + 5 * config.heads)
-    flops = projections + 4 * heads * head_dim * visible_pairs(T, T, config.window, config.sinks) + 18 * T * width * config.hidden
-    moved = 2 * T * 2 * d_model
+    def work(T: int, full: bool = False) -> dict[str, tuple[int, int]]:
+        pairs = visible_pairs(T, T, *((T, 0) if full else (config.window, config.sinks)))
+        attention = {"projections": 2 * T * d_model * 2 * (heads + heads_kv) * head_dim, "attention": 4 * heads * head_dim * pairs}
+        return _both(attention | ({} if full else _memory_flops(T, d_model, config)), 2 * T * 2 * d_model)
+
     return Contest(
         "token_mixer", f"{model}-T{T}", functools.partial(build),
-        work={"forward": (flops, moved), "forward and backward": (3 * flops, 3 * moved)},
+        work=work(T), work_of={SDPA: work(T, full=True), FLEX: work(T, full=True), QUARTER: work(T // 4)},
         gates={H100: {"forward": forward, "forward and backward": both}},
     )  # fmt: skip
 
@@ -100,7 +123,10 @@ LINEAR = Gate(1 / 4.25, 1 / 4.25, QUARTER)
 CONTESTS = (
     _branch(32768, Gate(0.9, 0.9, unit="ms"), Gate(3.2, 3.2, unit="ms")),
     _mixer("Qwen3-0.6B", 4096, _faster(0.6, 0.6), _faster(0.6, 0.6)),
+    _mixer("Qwen3-0.6B", 8192, [], []),
+    _mixer("Qwen3-0.6B", 16384, [], []),
     _mixer("Qwen3-0.6B", 32768, _faster(2.2, 2.2), _faster(2.0, 2.0)),
+    _mixer("Qwen3-0.6B", 65536, [], []),
     _mixer("Qwen3-0.6B", 131072, [*_faster(8.0, 9.5), LINEAR], [*_faster(7.0, 8.5), LINEAR], quarter=True),
     _mixer("Qwen3-1.7B", 32768, [], []),
     _mixer("Qwen3-1.7B", 131072, [], []),
