@@ -70,11 +70,11 @@ def recipe(gpu: str, sms: int, interpret: bool, d: int, h: int, dtype: torch.dty
     room = chain.constants.pop("RESIDENT") * sms
     return Recipe(
         wide=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
-        pack=Kind({**shape, "BH": min(32, shape_class[1])}, {"num_warps": 4}),
+        pack=Kind({**shape, "BH": min(32, shape_class[1]), "FAST": math["FAST"]}, {"num_warps": 4}),
         dread=of(configs_bwd.DREAD),
         dq=of(configs_bwd.DQ),
         chain=chain,
-        carry=Kind({name: chain.constants[name] for name in (*shape, "BH")}, {"num_warps": chain.options["num_warps"]}),
+        carry=Kind({name: chain.constants[name] for name in (*shape, "BH", "FAST")}, {"num_warps": chain.options["num_warps"]}),
         last=of(configs_bwd.LAST, BR=min(shape_class[0], 32), BC=16, BS=chain.constants["BH"]),
         room=room,
     )

@@ -88,7 +88,7 @@ def second_order(
 @triton.jit
 def momentum(
     x, m, size, n, m_gate, m_up, m_down, i_x, i_r, i_h, i_c, H, o_d, o_h, mask, eps,
-    D: tl.constexpr, HID: tl.constexpr, NORM: tl.constexpr, STATE: tl.constexpr, SAVE_M: tl.constexpr,
+    D: tl.constexpr, HID: tl.constexpr, NORM: tl.constexpr, STATE: tl.constexpr, SAVE_M: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """M before chunk `i_c`: as stored, or X less the write point before; before chunk 0 the state's, or 0."""
     if SAVE_M:
@@ -98,7 +98,7 @@ def momentum(
         b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, later, D, HID)
         i_q = tl.where(i_c > 0, i_r - H, i_r)
         c_gate, c_up, c_down = load_three(x, i_q, o_d, o_h, later, D, HID)
-        s_gate, s_up, s_down = row_scales(size, n, i_q, i_h, i_c - 1, o_d, o_h, eps, D, HID, NORM)
+        s_gate, s_up, s_down = row_scales(size, n, i_q, i_h, i_c - 1, o_d, o_h, eps, D, HID, NORM, FAST)
         b_gate -= c_gate * s_gate[None, :]
         b_up -= c_up * s_up[None, :]
         b_down -= c_down * s_down[:, None]
@@ -145,8 +145,8 @@ def tokens_step(
         o_h = i_s * BH + tl.arange(0, BH)
         m_h = o_h < HID
         b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, m_d[:, None] & m_h[None, :], D, HID)
-        g_gate, g_up = part(g_gate_up)
-        r_gate, r_up, r_down = tl.sum(b_gate * g_gate, 0), tl.sum(b_up * g_up, 0), tl.sum(b_down * g_down, 1)
+        b_rows = tl.sum(pair(b_gate, b_up) * g_gate_up, 0)
+        r_down = tl.sum(b_down * g_down, 1)
         # what this program owns of the carried gradient
         o_r = i_k * RD + tl.arange(0, RD)
         mask = (o_r < D)[:, None] & m_h[None, :]
@@ -155,27 +155,33 @@ def tokens_step(
         if NORM == POST_WRITE:
             q_gate, q_up, q_down = load_three(dread, i_r, o_r, o_h, mask, D, HID)
             g_gate, g_up, g_own = g_gate + q_gate, g_up + q_up, g_own + q_down
-        r_gate += tl.sum(b_gate * g_gate, 0)
-        r_up += tl.sum(b_up * g_up, 0)
-        p_h = rows_hidden + i_y * (2 * BH) + tl.arange(0, BH)
-        tl.store(p_h, r_gate)
-        tl.store(p_h + BH, r_up)
+        b_rows += tl.sum(pair(b_gate * g_gate, b_up * g_up), 0)
+        tl.store(rows_hidden + i_y * (2 * BH) + tl.arange(0, 2 * BH), b_rows)
         tl.store(rows_down + i_y * (2 * D) + o_d, r_down, mask=m_d)
         tl.store(rows_down + i_y * (2 * D) + D + o_r, tl.sum(b_down * g_own, 1), mask=o_r < D)
 
 
 @triton.jit
+def quotient(a, b, FAST: tl.constexpr):
+    """FAST: two units in the last place, without a subroutine for what is out of range."""
+    if FAST:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
 def through_norms(
-    b_x, b_g, b_inner, b_n, b_size, eps, along_rows: tl.constexpr,
+    b_x, b_g, b_inner, b_n, b_size, eps, along_rows: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Gradient of X from that of N X / (|X| + eps) and <X, gradient> / (|X| + eps), the gradient of N, by row."""
     below = b_size + eps
     some = below > 0
     below = tl.where(some, below, 1.0)
-    factor = tl.where(some, tl.div_rn(b_n, below), 0.0)
-    b_dn = tl.where(some, tl.div_rn(b_inner, below), 0.0)
+    factor = tl.where(some, quotient(b_n, below, FAST), 0.0)
+    b_dn = tl.where(some, quotient(b_inner, below, FAST), 0.0)
     # a zero row has no direction
-    along = tl.where(b_size > 0, tl.div_rn(factor * b_dn, tl.where(b_size > 0, b_size, 1.0)), 0.0)
+    along = tl.where(b_size > 0, quotient(factor * b_dn, tl.where(b_size > 0, b_size, 1.0), FAST), 0.0)
     if along_rows:
         return factor[:, None] * b_g - along[:, None] * b_x, b_dn
     else:
@@ -183,11 +189,13 @@ def through_norms(
 
 
 @triton.jit
-def point_down(x, size, n, i_r, i_h, i_c, o_d, o_h, mask, eps, D: tl.constexpr, HID: tl.constexpr, NORM: tl.constexpr):
+def point_down(
+    x, size, n, i_r, i_h, i_c, o_d, o_h, mask, eps, D: tl.constexpr, HID: tl.constexpr, NORM: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
     """Wdown at the write point of chunk `i_c`, slot and head `i_r`."""
     at = tl.cast(i_r, tl.int64) * (3 * D * HID) + 2 * D * HID
     b_w = tl.load(x + at + (o_d[:, None] * HID + o_h[None, :]), mask=mask, other=0.0)
-    _, _, s_down = row_scales(size, n, i_r, i_h, i_c, o_d, o_h, eps, D, HID, NORM)
+    _, _, s_down = row_scales(size, n, i_r, i_h, i_c, o_d, o_h, eps, D, HID, NORM, FAST)
     return b_w * s_down[:, None]
 
 
@@ -207,7 +215,7 @@ def carry_step(
     slabs_gate_up, slabs_down, rows_hidden, rows_down,
     i_x, i_s, i_k, i_r, i_h, i_c, written, H, eps,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, SP: tl.constexpr,
-    NORM: tl.constexpr, CLIP: tl.constexpr, STATE: tl.constexpr, END: tl.constexpr, SAVE_M: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr, STATE: tl.constexpr, END: tl.constexpr, SAVE_M: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """dX_j, j = `i_c`, of the rows that program (i_s, i_k) owns, and on to chunk j - 1.
 
@@ -228,52 +236,51 @@ def carry_step(
     # the first slot has no chunk before it
     before = i_c > 0
     i_q = tl.where(before, i_r - H, i_r)
-    # loaded before the first store: a load that follows a store waits for it
-    b_point = point_down(x, size, n, i_q, i_h, i_c - 1, o_d, o_h, mask, eps, D, HID, NORM)
+    # Everything is loaded before it is needed and before the first store: a load that follows a store waits for it.
+    b_point = point_down(x, size, n, i_q, i_h, i_c - 1, o_d, o_h, mask, eps, D, HID, NORM, FAST)
+    if NORM != NONE:
+        b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
+        p_size = size + tl.cast(i_r, tl.int64) * (2 * HID + D)
+        p_n = n + i_h * (2 * HID + D)
+        size_gate, n_gate = tl.load(p_size + o_h, mask=m_h, other=0.0), tl.load(p_n + o_h, mask=m_h, other=0.0)
+        size_up, n_up = tl.load(p_size + HID + o_h, mask=m_h, other=0.0), tl.load(p_n + HID + o_h, mask=m_h, other=0.0)
+        size_down, n_down = tl.load(p_size + 2 * HID + o_d, mask=m_d, other=0.0), tl.load(p_n + 2 * HID + o_d, mask=m_d, other=0.0)
+        # dN of a hidden unit is added up by the program of its first channels, that of a channel by the program of the first units
+        p_n = dn + tl.cast(i_x, tl.int64) * (2 * HID + D)
+        p_h, p_d = p_n + o_h, p_n + 2 * HID + o_d
+        own_h, own_d = o_h < tl.where(i_k == 0, HID, 0), o_d < tl.where(i_s == 0, D, 0)
+        old_h, old_d = own_h & (o_h < tl.where(i_c < written, HID, 0)), own_d & (o_d < tl.where(i_c < written, D, 0))
+        dn_gate, dn_up = tl.load(p_h, mask=old_h, other=0.0), tl.load(p_h + HID, mask=old_h, other=0.0)
+        dn_down = tl.load(p_d, mask=old_d, other=0.0)
     i_y = tl.cast(i_x, tl.int64) * PARTS + i_s * SP
     for i_p in tl.static_range(SP):
-        b_gate, b_up = part(load_operand(slabs_gate_up, i_y + i_p, 0, o_d, D, BH, BH, 2))
-        g_gate += b_gate
-        g_up += b_up
+        c_gate, c_up = part(load_operand(slabs_gate_up, i_y + i_p, 0, o_d, D, BH, BH, 2))
+        g_gate += c_gate
+        g_up += c_up
         g_down += load_operand(slabs_down, i_y + i_p, 0, o_d, D, BH, BH, 1)
     if NORM == POST_WRITE:
         g_gate, g_up, g_down = g_gate + q_gate, g_up + q_up, g_down + q_down
     if NORM != NONE:
-        b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
-        r_gate = tl.zeros([BH], dtype=tl.float32)
-        r_up = tl.zeros([BH], dtype=tl.float32)
-        p_h = rows_hidden + i_y * (2 * BH) + tl.arange(0, BH)
+        b_rows = tl.zeros([2 * BH], dtype=tl.float32)
+        p_rows = rows_hidden + i_y * (2 * BH) + tl.arange(0, 2 * BH)
         for i_p in tl.static_range(SP):
-            r_gate += tl.load(p_h + i_p * 2 * BH, cache_modifier=".cg")
-            r_up += tl.load(p_h + i_p * 2 * BH + BH, cache_modifier=".cg")
+            b_rows += tl.load(p_rows + i_p * 2 * BH, cache_modifier=".cg")
+        r_gate, r_up = tl.split(tl.reshape(b_rows, (BH, 2)))
         r_down = tl.zeros([RD], dtype=tl.float32)
-        p_d = rows_down + tl.cast(i_x, tl.int64) * (PARTS * 2 * D) + o_d
+        p_rows = rows_down + tl.cast(i_x, tl.int64) * (PARTS * 2 * D) + o_d
         for i_p in tl.static_range(PARTS):
-            r_down += tl.load(p_d + i_p * 2 * D, mask=m_d, other=0.0, cache_modifier=".cg")
+            r_down += tl.load(p_rows + i_p * 2 * D, mask=m_d, other=0.0, cache_modifier=".cg")
         for i_p in tl.static_range(SLICES):
-            r_down += tl.load(p_d + ((i_p * SP + i_k) * 2 + 1) * D, mask=m_d, other=0.0, cache_modifier=".cg")
-        p_size = size + tl.cast(i_r, tl.int64) * (2 * HID + D)
-        p_n = n + i_h * (2 * HID + D)
-        c_gate, n_gate = through_norms(
-            b_gate, g_gate, r_gate, tl.load(p_n + o_h, mask=m_h, other=0.0), tl.load(p_size + o_h, mask=m_h, other=0.0), eps, False
-        )
-        c_up, n_up = through_norms(
-            b_up, g_up, r_up, tl.load(p_n + HID + o_h, mask=m_h, other=0.0), tl.load(p_size + HID + o_h, mask=m_h, other=0.0), eps, False
-        )
-        c_down, n_down = through_norms(
-            b_down, g_down, r_down, tl.load(p_n + 2 * HID + o_d, mask=m_d, other=0.0),
-            tl.load(p_size + 2 * HID + o_d, mask=m_d, other=0.0), eps, True,
-        )  # fmt: skip
+            r_down += tl.load(p_rows + ((i_p * SP + i_k) * 2 + 1) * D, mask=m_d, other=0.0, cache_modifier=".cg")
+        c_gate, r_gate = through_norms(b_gate, g_gate, r_gate, n_gate, size_gate, eps, False, FAST)
+        c_up, r_up = through_norms(b_up, g_up, r_up, n_up, size_up, eps, False, FAST)
+        c_down, r_down = through_norms(b_down, g_down, r_down, n_down, size_down, eps, True, FAST)
         # pre_write: the last slot's weights are read, not written from; post_write: the first weights are taken as they are
         here = i_c < written if NORM == PRE_WRITE else i_c > 0
         g_gate, g_up, g_down = tl.where(here, c_gate, g_gate), tl.where(here, c_up, g_up), tl.where(here, c_down, g_down)
-        p_n = dn + tl.cast(i_x, tl.int64) * (2 * HID + D)
-        own_h, own_d = o_h < tl.where(i_k == 0, HID, 0), o_d < tl.where(i_s == 0, D, 0)
-        old_h, old_d = own_h & (o_h < tl.where(i_c < written, HID, 0)), own_d & (o_d < tl.where(i_c < written, D, 0))
-        p_h, p_d = p_n + o_h, p_n + 2 * HID + o_d
-        tl.store(p_h, tl.load(p_h, mask=old_h, other=0.0) + tl.where(here, n_gate, 0.0), mask=own_h)
-        tl.store(p_h + HID, tl.load(p_h + HID, mask=old_h, other=0.0) + tl.where(here, n_up, 0.0), mask=own_h)
-        tl.store(p_d, tl.load(p_d, mask=old_d, other=0.0) + tl.where(here, n_down, 0.0), mask=own_d)
+        tl.store(p_h, dn_gate + tl.where(here, r_gate, 0.0), mask=own_h)
+        tl.store(p_h + HID, dn_up + tl.where(here, r_up, 0.0), mask=own_h)
+        tl.store(p_d, dn_down + tl.where(here, r_down, 0.0), mask=own_d)
     if NORM != POST_WRITE:
         g_gate, g_up, g_down = g_gate + q_gate, g_up + q_up, g_down + q_down
     store_three(dx, i_x, o_d, o_h, mask, g_gate, g_up, g_down, D, HID)
@@ -286,9 +293,11 @@ def carry_step(
         if CLIP:
             i_part = i_s * SP + i_k
             m_all = momentum(
-                x, m, size, n, m_gate, m_up, m_down, i_x, i_q, i_h, i_c - 1, H, o_d, o_h, mask, eps, D, HID, NORM, STATE, SAVE_M
+                x, m, size, n, m_gate, m_up, m_down, i_x, i_q, i_h, i_c - 1, H, o_d, o_h, mask, eps, D, HID, NORM, STATE, SAVE_M, FAST
             )
-            c_all = momentum(x, m, size, n, m_gate, m_up, m_down, i_x, i_r, i_h, i_c, H, o_d, o_h, mask, eps, D, HID, NORM, STATE, SAVE_M)
+            c_all = momentum(
+                x, m, size, n, m_gate, m_up, m_down, i_x, i_r, i_h, i_c, H, o_d, o_h, mask, eps, D, HID, NORM, STATE, SAVE_M, FAST
+            )
             b_dmu = inner(z_gate, m_all[0]) + inner(z_up, m_all[1]) + inner(z_down, m_all[2])
             tl.store(mu_parts + tl.cast(i_q, tl.int64) * PARTS + i_part, b_dmu)
             b_mu = tl.load(mu_mean + i_q)
@@ -313,7 +322,7 @@ def clip_step(
     dm, x, m, size, n, m_gate, m_up, m_down, mu_mean, g_size, down, d_gate_up, clip_parts,
     i_x, i_s, i_k, i_r, i_h, i_c, H, eps, grad_clip,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, SP: tl.constexpr,
-    NORM: tl.constexpr, STATE: tl.constexpr, SAVE_M: tl.constexpr,
+    NORM: tl.constexpr, STATE: tl.constexpr, SAVE_M: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """dD of chunk i_c - 1, of the rows that program (i_s, i_k) owns."""
     PARTS: tl.constexpr = (HID + BH - 1) // BH * SP
@@ -330,14 +339,14 @@ def clip_step(
         a_up += tl.load(p_c + i_p * 3 + 1, cache_modifier=".cg")
         a_down += tl.load(p_c + i_p * 3 + 2, cache_modifier=".cg")
     z_gate, z_up, z_down = load_three(dm, i_x, o_d, o_h, mask, D, HID)
-    m_all = momentum(x, m, size, n, m_gate, m_up, m_down, i_x, i_q, i_h, i_c - 1, H, o_d, o_h, mask, eps, D, HID, NORM, STATE, SAVE_M)
-    c_all = momentum(x, m, size, n, m_gate, m_up, m_down, i_x, i_r, i_h, i_c, H, o_d, o_h, mask, eps, D, HID, NORM, STATE, SAVE_M)
+    m_all = momentum(x, m, size, n, m_gate, m_up, m_down, i_x, i_q, i_h, i_c - 1, H, o_d, o_h, mask, eps, D, HID, NORM, STATE, SAVE_M, FAST)
+    c_all = momentum(x, m, size, n, m_gate, m_up, m_down, i_x, i_r, i_h, i_c, H, o_d, o_h, mask, eps, D, HID, NORM, STATE, SAVE_M, FAST)
     b_mu = tl.load(mu_mean + i_q)
     p_g = g_size + tl.cast(i_q, tl.int64) * 3
     z_gate = unclipped(z_gate, c_all[0] - b_mu * m_all[0], a_gate, tl.load(p_g), grad_clip)
     z_up = unclipped(z_up, c_all[1] - b_mu * m_all[1], a_up, tl.load(p_g + 1), grad_clip)
     z_down = unclipped(z_down, c_all[2] - b_mu * m_all[2], a_down, tl.load(p_g + 2), grad_clip)
-    b_point = point_down(x, size, n, i_q, i_h, i_c - 1, o_d, o_h, mask, eps, D, HID, NORM)
+    b_point = point_down(x, size, n, i_q, i_h, i_c - 1, o_d, o_h, mask, eps, D, HID, NORM, FAST)
     store_gradient(down, d_gate_up, i_q, i_s, o_d, b_point, z_gate, z_up, z_down, D, HID, BH)
 
 
@@ -378,7 +387,7 @@ def ttt_mlp_bwd_carry_kernel(
     cu_seqlens, count, first, x, m, size, n, m_gate, m_up, m_down, mu_mean, operands, scratch,
     R, X, T, chunk_size, i_step, H, steps, eps,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, SP: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, END: tl.constexpr, SAVE_M: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, END: tl.constexpr, SAVE_M: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The carry part. Grid (X, slices, SP)."""
     PARTS: tl.constexpr = (HID + BH - 1) // BH * SP
@@ -396,7 +405,7 @@ def ttt_mlp_bwd_carry_kernel(
     carry_step(
         dx, dm, dn, dread, x, m, size, n, m_gate, m_up, m_down, mu_mean, down, d_gate_up, mu_parts, clip_parts,
         slabs_gate_up, slabs_down, rows_hidden, rows_down, i_x, i_s, i_k, i_r, i_h, i_c, written, H, eps,
-        D, HID, BD, BH, SP, NORM, CLIP, STATE, END, SAVE_M,
+        D, HID, BD, BH, SP, NORM, CLIP, STATE, END, SAVE_M, FAST,
     )  # fmt: skip
 
 
@@ -405,7 +414,7 @@ def ttt_mlp_bwd_clip_kernel(
     cu_seqlens, count, first, x, m, size, n, m_gate, m_up, m_down, mu_mean, g_size, operands, scratch,
     R, X, T, chunk_size, i_step, H, steps, eps, grad_clip,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, SP: tl.constexpr, NORM: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The clip part. Grid (X, slices, SP)."""
     PARTS: tl.constexpr = (HID + BH - 1) // BH * SP
@@ -421,5 +430,5 @@ def ttt_mlp_bwd_clip_kernel(
     _, _, _, _, clip_parts, _ = exchange_regions(scratch, R, X, D, HID, BH, PARTS)
     clip_step(
         dm, x, m, size, n, m_gate, m_up, m_down, mu_mean, g_size, down, d_gate_up, clip_parts,
-        i_x, i_s, i_k, i_r, i_h, i_c, H, eps, grad_clip, D, HID, BD, BH, SP, NORM, STATE, SAVE_M,
+        i_x, i_s, i_k, i_r, i_h, i_c, H, eps, grad_clip, D, HID, BD, BH, SP, NORM, STATE, SAVE_M, FAST,
     )  # fmt: skip

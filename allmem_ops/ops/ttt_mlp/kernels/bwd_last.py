@@ -32,7 +32,7 @@ def ttt_mlp_bwd_last_kernel(
         _, _, _, _, _, mu_parts = exchange_regions(scratch, R, N * H, D, HID, BS, PARTS)
         mu_slot(
             dmu, cu_seqlens, count, slots, x, m, size, n, m_gate, m_up, m_down, d_gate_up, down, mu_parts, pid,
-            T, chunk_size, H, steps, eps, D, HID, BD, BC, BT, PARTS, NORM, CLIP, STATE, PACKED, KEEP, SAVE_M,
+            T, chunk_size, H, steps, eps, D, HID, BD, BC, BT, PARTS, NORM, CLIP, STATE, PACKED, KEEP, SAVE_M, FAST,
         )  # fmt: skip
     elif pid < R + ends:
         _, dx, dm, dn = gradient_regions(scratch, R, N * H, D, HID)

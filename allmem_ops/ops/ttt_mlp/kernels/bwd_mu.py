@@ -13,6 +13,7 @@ def mu_slot(
     dmu, cu_seqlens, count, slots, x, m, size, n, m_gate, m_up, m_down, d_gate_up, down, mu_parts, i_r, T, chunk_size, H, steps, eps,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, PARTS: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """dmu (contiguous) of slot and head `i_r`: without a clip dM is dD, which the chain has stored; with one it has left the sums."""
     i_n, i_c = slot_owner(slots, i_r // H, steps, PACKED)
@@ -34,7 +35,7 @@ def mu_slot(
                     _, g_down = part(tl.cast(load_operand(down, i_r, i_k, o_d, D, HID, BH, 2), tl.float32))
                     b_gate, b_up, b_down = momentum(
                         x, m, size, n, m_gate, m_up, m_down, i_n * H + i_h, i_r, i_h, i_c, H, o_d, o_h, mask, eps,
-                        D, HID, NORM, STATE, SAVE_M,
+                        D, HID, NORM, STATE, SAVE_M, FAST,
                     )  # fmt: skip
                     b_mu += inner(g_gate, b_gate) + inner(g_up, b_up) + inner(g_down, b_down)
         b_mu = b_mu / chunk_size

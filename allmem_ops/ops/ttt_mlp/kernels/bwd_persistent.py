@@ -9,8 +9,22 @@ import triton.language as tl
 from allmem_ops.ops.ttt_mlp.kernels.bwd_chain import carry_step, clip_step, tokens_step
 from allmem_ops.ops.ttt_mlp.kernels.bwd_regions import exchange_regions, gradient_regions, operand_regions
 from allmem_ops.ops.ttt_mlp.kernels.common import chunk_span, first_slot, sequence_span, written_chunks
-from allmem_ops.ops.ttt_mlp.kernels.pairs import prefetch
+from allmem_ops.ops.ttt_mlp.kernels.pairs import prefetch, prefetch_lines
 from allmem_ops.ops.ttt_mlp.kernels.persistent import barrier
+
+
+@triton.jit
+def prefetch_slot(
+    x, dread, gate_up, i_r, i_s, i_k, D: tl.constexpr, HID: tl.constexpr, BH: tl.constexpr, RD: tl.constexpr, FAST: tl.constexpr
+):
+    """What program (i_s, i_k) owns of slot and head `i_r`'s X, read gradients and gate and up at the write point."""
+    o_d = tl.minimum(i_k * RD + tl.arange(0, RD), D - 1)
+    j_r = tl.cast(i_r, tl.int64)
+    o_x = j_r * (3 * D * HID) + o_d * HID + i_s * BH
+    for i in tl.static_range(3):
+        prefetch_lines(x + o_x + i * (D * HID), FAST)
+        prefetch_lines(dread + o_x + i * (D * HID), FAST)
+    prefetch_lines(gate_up + j_r * (2 * D * HID) + o_d * (2 * HID) + i_s * 2 * BH, FAST)
 
 
 @triton.jit(do_not_specialize=["R", "X", "T", "chunk_size", "H", "steps", "se_b"])
@@ -40,6 +54,8 @@ def ttt_mlp_bwd_chain_kernel(
             i_c = written - i_step
             i_r = (slot + i_c) * H + i_h
             start, stop = chunk_span(i_c, length, held, chunk_size)
+            if i_c > 0:
+                prefetch_slot(x, dread, gate_up, i_r - H, i_s, i_k, D, HID, BH, BD // SP, FAST)
             tokens_step(
                 k, v, eta, dx, dread, x, gate_up, d_gate_up, down, slabs_gate_up, slabs_down, rows_hidden, rows_down,
                 i_x, i_s, i_k, i_r, i_h, i_b, begin + start, tl.where(i_step > 0, stop - start, 0), (i_step > 0) | END,
@@ -57,7 +73,7 @@ def ttt_mlp_bwd_chain_kernel(
             carry_step(
                 dx, dm, dn, dread, x, m, size, n, m_gate, m_up, m_down, mu_mean, down, d_gate_up, mu_parts, clip_parts,
                 slabs_gate_up, slabs_down, rows_hidden, rows_down, i_x, i_s, i_k, i_r, i_h, i_c, written, H, eps,
-                D, HID, BD, BH, SP, NORM, CLIP, STATE, END, SAVE_M,
+                D, HID, BD, BH, SP, NORM, CLIP, STATE, END, SAVE_M, FAST,
             )  # fmt: skip
             if i_c > 0:
                 if CLIP:
@@ -65,7 +81,7 @@ def ttt_mlp_bwd_chain_kernel(
                     barrier(counter, target)
                     clip_step(
                         dm, x, m, size, n, m_gate, m_up, m_down, mu_mean, g_size, down, d_gate_up, clip_parts,
-                        i_x, i_s, i_k, i_r, i_h, i_c, H, eps, grad_clip, D, HID, BD, BH, SP, NORM, STATE, SAVE_M,
+                        i_x, i_s, i_k, i_r, i_h, i_c, H, eps, grad_clip, D, HID, BD, BH, SP, NORM, STATE, SAVE_M, FAST,
                     )  # fmt: skip
                 target += PARTS
                 barrier(counter, target)

@@ -19,7 +19,7 @@ from allmem_ops.ops.ttt_mlp.kernels.pairs import load_operand, operand, pair, pa
 
 
 @triton.jit
-def row_scales(size, n, i_r, i_h, i_c, o_d, o_h, eps, D: tl.constexpr, HID: tl.constexpr, NORM: tl.constexpr):
+def row_scales(size, n, i_r, i_h, i_c, o_d, o_h, eps, D: tl.constexpr, HID: tl.constexpr, NORM: tl.constexpr, FAST: tl.constexpr):
     """Factors of the rows of X before chunk `i_c` (slot and head `i_r`) that make it the chunk's write point: gate, up, down."""
     if NORM == NONE:
         one_h, one_d = tl.full([o_h.shape[0]], 1.0, dtype=tl.float32), tl.full([o_d.shape[0]], 1.0, dtype=tl.float32)
@@ -28,9 +28,11 @@ def row_scales(size, n, i_r, i_h, i_c, o_d, o_h, eps, D: tl.constexpr, HID: tl.c
         p_size = size + tl.cast(i_r, tl.int64) * (2 * HID + D)
         p_n = n + i_h * (2 * HID + D)
         m_h, m_d = o_h < HID, o_d < D
-        s_gate = row_scale(tl.load(p_n + o_h, mask=m_h, other=0.0), tl.load(p_size + o_h, mask=m_h, other=0.0), eps)
-        s_up = row_scale(tl.load(p_n + HID + o_h, mask=m_h, other=0.0), tl.load(p_size + HID + o_h, mask=m_h, other=0.0), eps)
-        s_down = row_scale(tl.load(p_n + 2 * HID + o_d, mask=m_d, other=0.0), tl.load(p_size + 2 * HID + o_d, mask=m_d, other=0.0), eps)
+        s_gate = row_scale(tl.load(p_n + o_h, mask=m_h, other=0.0), tl.load(p_size + o_h, mask=m_h, other=0.0), eps, FAST)
+        s_up = row_scale(tl.load(p_n + HID + o_h, mask=m_h, other=0.0), tl.load(p_size + HID + o_h, mask=m_h, other=0.0), eps, FAST)
+        s_down = row_scale(
+            tl.load(p_n + 2 * HID + o_d, mask=m_d, other=0.0), tl.load(p_size + 2 * HID + o_d, mask=m_d, other=0.0), eps, FAST
+        )
         if NORM == POST_WRITE:
             # the first weights are taken as they are
             s_gate, s_up, s_down = tl.where(i_c > 0, s_gate, 1.0), tl.where(i_c > 0, s_up, 1.0), tl.where(i_c > 0, s_down, 1.0)
@@ -41,6 +43,7 @@ def row_scales(size, n, i_r, i_h, i_c, o_d, o_h, eps, D: tl.constexpr, HID: tl.c
 def ttt_mlp_bwd_pack_kernel(
     x, size, n, slots, operands, scratch, R, H, steps, eps,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """Operands from X: what queries read and, gate and up alone, the chunk's write point. Sets the chain's counters. Grid (R * slices,)."""
     SLICES: tl.constexpr = (HID + BH - 1) // BH
@@ -54,7 +57,7 @@ def ttt_mlp_bwd_pack_kernel(
     o_d, o_h = tl.arange(0, BD), i_k + tl.arange(0, BH)
     m_d = o_d < D
     b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, m_d[:, None] & (o_h < HID)[None, :], D, HID)
-    s_gate, s_up, s_down = row_scales(size, n, i_r, i_r % H, i_c, o_d, o_h, eps, D, HID, NORM)
+    s_gate, s_up, s_down = row_scales(size, n, i_r, i_r % H, i_c, o_d, o_h, eps, D, HID, NORM, FAST)
     if NORM == PRE_WRITE:
         store_operand(read_gate_up, i_r, i_k, o_d, m_d, pair(b_gate, b_up), D, HID, BH, 2)
     else:

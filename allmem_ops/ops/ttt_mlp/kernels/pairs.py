@@ -66,14 +66,19 @@ def operand(b, dtype: tl.constexpr, PREC: tl.constexpr):
 
 
 @triton.jit
+def prefetch_lines(p, FAST: tl.constexpr):
+    """Bring the lines that a tile of pointers points into to the L2 cache. FAST: as in `prefetch`."""
+    if FAST:
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def prefetch(p, stride, first, rows, D: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr):
     """Bring BT rows of 2-byte channels, from `first` on, of the `rows` at `p` into the L2 cache. FAST: the interpreter knows no PTX."""
     if FAST:
         o_t = tl.cast(tl.minimum(first + tl.arange(0, BT), tl.maximum(rows - 1, 0)), tl.int64) * stride
         for i_d in tl.static_range(0, D, 64):
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p + o_t + i_d], dtype=tl.int32, is_pure=False, pack=1
-            )
+            prefetch_lines(p + o_t + i_d, FAST)
 
 
 @triton.jit
