@@ -125,13 +125,11 @@ class _ForwardKL(torch.autograd.Function):
         total = None
         grads = []
         for s, t, m in zip(student.split(chunk_size), teacher.split(chunk_size), mask.split(chunk_size), strict=True):
-            log_s, log_t = _log_probabilities(s, head), _log_probabilities(t, head)
-            kl = torch.where(m, _kl(log_t, log_s), 0.0).sum()
-            total = kl if total is None else total + kl
+            kl, difference = _rows(matmul(s, head.T), matmul(t, head.T), m, head.dtype, needs_grad)
+            total = kl.sum() if total is None else total + kl.sum()
             if needs_grad:
-                # [BT, V] @ [V, D] -> [BT, D]: the gradient of a row's logits is p_student - p_teacher.
-                difference = log_s.exp_().sub_(log_t.exp_()).to(head.dtype)
-                grads.append(torch.where(m[:, None], matmul(difference, head), 0.0).to(student.dtype))
+                # [BT, V] @ [V, D] -> [BT, D]
+                grads.append(matmul(difference, head).to(student.dtype))
         if needs_grad:
             ctx.save_for_backward(torch.cat(grads))
         return total
@@ -142,6 +140,19 @@ class _ForwardKL(torch.autograd.Function):
         (d_student,) = ctx.saved_tensors
         # The factor 1/tokens of a mean is applied here, once: before the product it would be rounded with every entry.
         return (grad * d_student).to(d_student.dtype), None, None, None, None
+
+
+def _rows(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype, grad: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """KL [BT] of logits [BT, V], and the gradient p_student - p_teacher of the student's, in `dtype`; 0 where `mask` is False."""
+    if student.is_cuda and student.dtype == torch.float32:
+        from allmem_ops.training.launch_kl import kl_rows
+
+        return kl_rows(student, teacher, mask, dtype, grad)
+    log_s, log_t = torch.log_softmax(student, dim=-1), torch.log_softmax(teacher, dim=-1)
+    kl = torch.where(mask, _kl(log_t, log_s), 0.0)
+    return kl, torch.where(mask[:, None], log_s.exp_().sub_(log_t.exp_()), 0.0).to(dtype) if grad else None
 
 
 def _log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
