@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from allmem_ops import MemoryState, WindowCache, gated_fusion, memory_input, swa, swa_step, ttt_mlp, ttt_mlp_step
+from allmem_ops import MemoryState, WindowCache, gated_fusion, memory_input, rotary, rotary_table, swa, swa_step, ttt_mlp, ttt_mlp_step
 from allmem_ops.ops.swa.geometry import visible_pairs
 
 Inputs = dict[str, Tensor]
@@ -175,6 +175,31 @@ def _memory_input(impl: str, T: int, H: int, d: int, taps: int = 4, dtype: torch
     )
 
 
+def _rotary(impl: str, T: int, HQ: int, HK: int, D: int, dtype: torch.dtype = torch.float32) -> Case:
+    def inputs(device: str) -> Inputs:
+        shapes = {"qkv": (1, T, HQ + 2 * HK, D), "q_norm": (D,), "k_norm": (D,)}
+        return {n: torch.randn(s, device=device, dtype=dtype, requires_grad=True) for n, s in shapes.items()}
+
+    def call(x: Inputs) -> Tensor:
+        qkv = x["qkv"]
+        inv_freq = 10000.0 ** -(torch.arange(0, D, 2, device=qkv.device) / D)
+        table = rotary_table(torch.arange(T, device=qkv.device)[None], inv_freq)
+        return torch.cat(rotary(qkv, *table, heads=HQ, heads_kv=HK, q_norm=x["q_norm"], k_norm=x["k_norm"], impl=impl), 2)
+
+    heads, head, table = HQ + HK, T * D * dtype.itemsize, 4 * T * D
+    moved = 2 * heads * head + table
+    return Case(
+        "rotary",
+        f"{impl}-T{T}-{HQ}/{HK}x{D}",
+        inputs,
+        call,
+        flops=0,  # elementwise
+        bytes=moved,
+        flops_both=0,
+        bytes_both=moved + (2 * (heads + HK) + heads) * head + table,  # the outputs' gradients, the projection's, q and k again
+    )
+
+
 # Small enough for two CPU cores. The heads are SmolLM2-135M's; short and odd lengths stand beside the plain ones.
 CASES = (
     _swa("reference", 1024, 9, 3, 64, window=512, sinks=4),
@@ -193,6 +218,8 @@ CASES = (
     _fusion("chunk", 4096, 9, 64),
     _memory_input("reference", 4096, 3, 64),
     _memory_input("chunk", 4096, 3, 64),
+    _rotary("reference", 4096, 9, 3, 64),
+    _rotary("chunk", 4096, 9, 3, 64),
 )
 
 

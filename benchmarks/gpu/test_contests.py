@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import fusion, inference, layers, memory_input, swa, ttt_mlp
+from benchmarks.gpu import fusion, inference, layers, memory_input, rotary, swa, ttt_mlp
 from benchmarks.gpu.contest import Contest, judge, run
 from benchmarks.measure import environment
 
@@ -16,6 +16,7 @@ CONTESTS = (
     *ttt_mlp.CONTESTS,
     *fusion.CONTESTS,
     *memory_input.CONTESTS,
+    *rotary.CONTESTS,
     *layers.CONTESTS,
     *inference.CONTESTS,
     *ttt_mlp.AGAINST_A_LOOP,
