@@ -18,7 +18,7 @@ from allmem_ops.ops.swa import launch_bwd, launch_bwd_hopper
 from allmem_ops.ops.swa.chunk import swa_chunk_backward, swa_chunk_forward
 from allmem_ops.ops.swa.kernels import bwd, hopper_bwd
 from allmem_ops.ops.swa.launch_bwd import swa_triton_backward
-from allmem_ops.testing import assert_within_budget, relative_error
+from allmem_ops.testing import assert_within_budget
 from tests.ops.swa.gluon_emulator import EmulatedKernel
 
 CUDA = torch.cuda.is_available()
@@ -53,17 +53,22 @@ def at(args, dtype):
     return [do.to(dtype), dlse.float(), *x, cu_seqlens, o.to(dtype), lse.float(), window, sinks, scale]
 
 
-def check(x, window, sinks, backward=None, **options):
-    """The kernels' gradients, within the budget."""
+def check(x, window, sinks, *, draws=False, **options):
+    """The kernels' gradients, within the budget.
+
+    draws: the kernels run on the first of the batch, the rest are further draws for plain PyTorch, whose largest error in a few elements
+    is a matter of luck otherwise.
+    """
     dtype = x[0].dtype
     args = saved(x, window, sinks, **options)
     args[0] = args[0].to(dtype).double()
     exact, low = swa_chunk_backward(*args), swa_chunk_backward(*at(args, dtype))
-    got = (backward or swa_triton_backward)(*at(args, dtype))
-    for name, *values in zip(NAMES, got, low, exact, strict=True):
-        assert values[0].dtype == dtype and values[0].is_contiguous()
-        assert_within_budget(name, *values)
-    return got
+    args = at(args, dtype)
+    if draws:
+        args = [t[:1] if isinstance(t, torch.Tensor) else t for t in args]
+    for name, got, *values in zip(NAMES, swa_triton_backward(*args), low, exact, strict=True):
+        assert got.dtype == dtype and got.is_contiguous()
+        assert_within_budget(name, torch.cat([got, values[0][1:]]) if draws else got, *values)
 
 
 CASES = {  # Tq, Tk, window, sinks
@@ -89,7 +94,7 @@ by_query = pytest.mark.parametrize("far", [False, True], ids=["q", "q_sinks"])
 @by_case
 def test_float32_within_the_budget(case, far):
     Tq, Tk, window, sinks = case
-    check(make(Tq, Tk, far=far), window, sinks)
+    check(make(Tq, Tk, B=4, far=far), window, sinks, draws=True)
 
 
 @by_case
@@ -110,13 +115,10 @@ def test_half_within_the_budget(case):
 )
 @example(70, 40, 10, 40, (4, 2), 64, True)
 def test_any_sizes_and_heads(Tq, before, window, sinks, heads, sms, far):
-    x = make(Tq, Tq + before, HQ=heads[0], HK=heads[1], far=far)
+    x = make(Tq, Tq + before, B=8, HQ=heads[0], HK=heads[1], far=far)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch_bwd, "sm_count", lambda _: sms)  # into how many ranges the queries of a sink are cut
-        args = saved(x, window, sinks)
-        # Few elements: the largest error of plain PyTorch among them is a matter of luck, and no budget.
-        for got, exact in zip(swa_triton_backward(*at(args, torch.float32)), swa_chunk_backward(*args), strict=True):
-            assert relative_error(got, exact) < 2e-6
+        check(x, window, sinks, draws=True)
 
 
 @pytest.mark.parametrize("D", [24, 64] if not CUDA else [80, 256])
@@ -210,8 +212,8 @@ def test_public_function():
 
 
 FAULTS = {
-    "delta's sign": ("- tl.load(p_dlse", "+ tl.load(p_dlse"),
-    "lse's gradient dropped": ("- tl.load(p_dlse, mask=m_m, other=0.0)", ""),
+    "delta's sign": ("b_ds += b_dlse[:, None]", "b_ds -= b_dlse[:, None]"),
+    "lse's gradient dropped": ("b_ds += b_dlse[:, None]", "pass"),
     "a window one longer": ("(apart < farthest)", "(apart <= farthest)"),
     "sinks not cut": ("& (o_j < last)", ""),
     "the future visible": ("(apart >= nearest) & ", ""),

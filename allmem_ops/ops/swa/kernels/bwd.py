@@ -80,8 +80,8 @@ def scaled_lse(b_lse, HALF: tl.constexpr):
 def probabilities(b_s, b_lse, scale, HALF: tl.constexpr):
     """exp(scale * b_s - lse), `b_lse` from `scaled_lse`.
 
-    One multiply-add and exp2 an element. For float32 operands two more operations: the rounding of lse * log2(e), of the size of lse,
-    would double the error of p.
+    One multiply-add and exp2 an element. For float32 operands the difference comes first: the rounding of lse * log2(e), of the size
+    of lse, would double the error of p.
     """
     return tl.exp2(b_s * (scale * LOG2E) - b_lse) if HALF else tl.exp2((b_s * scale - b_lse) * LOG2E)
 
@@ -113,15 +113,25 @@ def row_terms(
     BD: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """(scaled lse, delta) of queries [i0, i0 + BM), (+inf, 0) beyond the sequence."""
+    """(scaled lse, delta, dlse) of queries [i0, i0 + BM), (+inf, 0, 0) beyond the sequence.
+
+    In float32 delta is <do, o> alone. Where <do, v> and <do, o> nearly cancel, what is left is their rounding: both are summed in the
+    same order, so that o = v leaves exactly 0, and dlse is added to the difference.
+    """
     o_m = i0 + tl.arange(0, BM)
     m_m = o_m < Tq
     o_row = bos + tl.cast(o_m, tl.int64)
     p_lse = lse + tl.cast(i_b, tl.int64) * s_lb + tl.cast(i_hq, tl.int64) * s_lh + o_row * s_lt
     p_dlse = dlse + tl.cast(i_b, tl.int64) * s_eb + tl.cast(i_hq, tl.int64) * s_eh + o_row * s_et
     b_o = load_tile(o, i_b, i0, i_hq, s_ob, s_ot, s_oh, s_od, bos, Tq, BM, D, BD, TMA)
-    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1) - tl.load(p_dlse, mask=m_m, other=0.0)
-    return scaled_lse(tl.load(p_lse, mask=m_m, other=float("inf")), HALF), b_delta
+    b_dlse = tl.load(p_dlse, mask=m_m, other=0.0)
+    if HALF:
+        b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1) - b_dlse
+    else:
+        # [BM, BD] @ [BD, BM] -> [BM, BM], of which the diagonal counts
+        b_delta = tl.dot(b_do, tl.trans(b_o), input_precision="ieee")
+        b_delta = tl.sum(tl.where(tl.arange(0, BM)[:, None] == tl.arange(0, BM)[None, :], b_delta, 0.0), 1)
+    return scaled_lse(tl.load(p_lse, mask=m_m, other=float("inf")), HALF), b_delta, b_dlse
 
 
 @triton.jit
@@ -231,11 +241,11 @@ def swa_bwd_dq_kernel(
         p_rows = rows + (tl.cast(i_b, tl.int64) * HQ + i_hq) * P + r0 + o_m
         s_rows = tl.cast(B, tl.int64) * HQ * P
         if NEAR:
-            b_lse, b_delta = row_terms(
+            b_lse, b_delta, b_dlse = row_terms(
                 b_do, o, lse, dlse, i_b, i0, i_hq, s_ob, s_ot, s_oh, s_od, s_lb, s_lt, s_lh, s_eb, s_et, s_eh, bos, Tq, HALF, BM, D, BD, TMA
             )
             tl.store(p_rows, b_lse)
-            tl.store(p_rows + s_rows, b_delta)
+            tl.store(p_rows + s_rows, b_delta if HALF else b_delta - b_dlse)
         else:
             b_lse = tl.load(p_rows)
             b_delta = tl.load(p_rows + s_rows)
@@ -258,7 +268,10 @@ def swa_bwd_dq_kernel(
                 b_p = hidden_to_zero(b_p, o_i, (j0 + tl.arange(0, BN))[None, :], far, window, sinks)
             # [BM, BD] @ [BD, BN] -> [BM, BN]
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
-            b_ds = b_p * (b_dp - b_delta[:, None])
+            b_ds = b_dp - b_delta[:, None]
+            if NEAR and not HALF:
+                b_ds += b_dlse[:, None]
+            b_ds *= b_p
             # [BM, BN] @ [BN, BD] -> [BM, BD]
             b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")
     store_tile(dq, b_dq * scale, i_b, i0, i_hq, s_dqb, s_dqt, s_dqh, bos, Tq, BM, D, BD)
@@ -310,7 +323,7 @@ def swa_bwd_rows_kernel(
         r0 = 0
         i0 = slot * BM
     b_do = load_tile(do, i_b, i0, i_hq, s_gb, s_gt, s_gh, s_gd, bos, T, BM, D, BD, False)
-    b_lse, b_delta = row_terms(
+    b_lse, b_delta, _ = row_terms(
         b_do, o, lse, dlse, i_b, i0, i_hq, s_ob, s_ot, s_oh, s_od, s_lb, s_lt, s_lh, s_eb, s_et, s_eh, bos, T, HALF, BM, D, BD, False
     )
     p_rows = rows + (tl.cast(i_b, tl.int64) * HQ + i_hq) * P + r0 + i0 + tl.arange(0, BM)
