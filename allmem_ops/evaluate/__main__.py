@@ -35,13 +35,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     what = parser.add_argument_group("what")
     what.add_argument("--model", default=SMOLLM2, help=f"{SMOLLM2} (default), a GGUF file of it, or a transformers name or directory")
-    what.add_argument("--memory", type=Path, help="what allmem_ops.hf.save_memory wrote; default: a fresh memory, which is silent")
-    what.add_argument("--adapter", type=Path, help="a memory trained with writes off, for the arm 'adapter'")
-    what.add_argument("--linear", type=Path, help="a linear memory's checkpoint, for the arm 'linear'")
+    checkpoint = {"type": Path, "nargs": "+", "default": [], "metavar": "FOLDER"}
+    what.add_argument("--memory", **checkpoint, help="what allmem_ops.hf.save_memory wrote, also of several seeds; default: a silent one")
+    what.add_argument("--adapter", **checkpoint, help="memories trained with writes off, for the arm 'adapter'")
+    what.add_argument("--linear", **checkpoint, help="linear memories, for the arm 'linear'")
     what.add_argument("--arms", nargs="+", default=None, metavar="ARM", help=f"of {', '.join(ARM_KEYS)}; default: all that are given")
-    what.add_argument("--parts", nargs="+", default=list(PART_NAMES), metavar="PART", help=f"of {', '.join(PART_NAMES)}; default: all")
+    what.add_argument("--parts", nargs="*", default=list(PART_NAMES), metavar="PART", help=f"of {', '.join(PART_NAMES)}; default: all")
     what.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-evaluation-harness, for every arm")
     what.add_argument("--task-path", type=Path, help="a folder with more tasks for it (YAML)")
+    what.add_argument("--task-limit", type=int, help="texts a task (default: all)")
+    what.add_argument("--task-length", type=int, help="the longest text of a task, in tokens (default: what the model was trained to)")
     how = parser.add_argument_group("how")
     how.add_argument("--window", type=int, default=512)
     how.add_argument("--sinks", type=int, default=64)
@@ -73,16 +76,16 @@ def check(options: argparse.Namespace) -> None:
             if value not in allowed:
                 raise Problem(f"--{name} must be of {', '.join(allowed)}; got {value!r}")
     if options.arms is None:
-        given = [key for key in ("adapter", "linear") if getattr(options, key) is not None]
+        given = [key for key in ("adapter", "linear") if getattr(options, key)]
         options.arms = ["full", "ntk", "window", "allmem", *(["writes-off"] if options.memory else []), *given]
     for key in ("adapter", "linear"):
-        if key in options.arms and getattr(options, key) is None:
-            raise Problem(f"--arms {key} needs --{key} CHECKPOINT")
+        if key in options.arms and not getattr(options, key):
+            raise Problem(f"--arms {key} needs --{key} FOLDER")
     for name in ("memory", "adapter", "linear"):
-        folder = getattr(options, name)
-        absent = [] if folder is None else [file for file in ("memory.safetensors", "memory.json") if not (folder / file).is_file()]
-        if absent:
-            raise Problem(f"--{name} {folder} holds no {absent[0]}: it must be a folder that allmem_ops.hf.save_memory wrote")
+        for folder in getattr(options, name):
+            absent = [file for file in ("memory.safetensors", "memory.json") if not (folder / file).is_file()]
+            if absent:
+                raise Problem(f"--{name} {folder} holds no {absent[0]}: it must be a folder that allmem_ops.hf.save_memory wrote")
     if options.chunk > options.window:
         raise Problem(f"--chunk must be at most --window {options.window}, or a token would be in neither; got {options.chunk}")
     for name in ("window", "chunk", "segment", "tokens_per_pass", "needle_repeats"):
@@ -120,6 +123,7 @@ def evaluate(options: argparse.Namespace) -> None:
     # After the checks: these import the extras.
     from allmem_ops.evaluate import texts as texts_file
     from allmem_ops.evaluation import report
+    from allmem_ops.evaluation.harness import run_tasks
     from allmem_ops.evaluation.run import Plan, run
 
     clock = [time.perf_counter()]
@@ -155,7 +159,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "settings": settings(options),
         "environment": environment(options),
         "texts": texts_file.describe(texts),
-        "setup_seconds": seconds,
+        "seconds_of_all": seconds,
     }
 
     def save(found: dict[str, Any]) -> None:
@@ -164,11 +168,14 @@ def evaluate(options: argparse.Namespace) -> None:
         write(options.output / "evaluation.json", json.dumps({**facts, **found}, indent=1))
 
     try:
-        found = run(model, arms, tokenizer, texts, plan, progress=bar, on_part=save)
+        found = {**facts, **run(model, arms, tokenizer, texts, plan, progress=bar, on_part=save)}
+        lap("evaluate")
+        if options.tasks:
+            limits = {"limit": options.task_limit, "max_length": options.task_length}
+            found["tasks"] = run_tasks(model, arms, tokenizer, options.tasks, task_path=options.task_path, **limits)
+            lap("tasks")
     except ValueError as error:
         raise Problem(str(error)) from error
-    lap("evaluate")
-    found = {**facts, **found}
     write(options.output / "evaluation.json", json.dumps(found, indent=1))
     text = report.text(found)
     write(options.output / "evaluation.md", text + "\n")
@@ -205,7 +212,7 @@ def load_texts(options: argparse.Namespace, tokenizer: Any, texts_file: Any) -> 
         try:
             return texts_file.load(options.texts)
         except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-            raise Problem(f"--texts {options.texts} can't be read: {error}") from error
+            raise Problem(f"--texts {options.texts} is not a file of texts that this command wrote") from error
     texts = texts_file.build(tokenizer)
     if options.texts is not None:
         try:
@@ -220,25 +227,38 @@ def convert_model(model: Any, options: argparse.Namespace) -> None:
     from allmem_ops.hf import convert, load_memory, reconfigure
 
     torch.manual_seed(options.seed)
-    if options.memory is not None:
-        load_memory(model, options.memory)
+    if options.memory:
+        load_memory(model, options.memory[0])
         reconfigure(model, impl=options.impl)
     else:
         convert(model, AllMemConfig(window=options.window, sinks=options.sinks, chunk_size=options.chunk, impl=options.impl))
 
 
 def make_arms(model: Any, options: argparse.Namespace) -> list[Any]:
-    """The arms that were asked for."""
-    from allmem_ops.evaluation.arms import ARMS, adapter_arm, linear_arm, ntk_arm
+    """The arms that were asked for; where there are several checkpoints of a kind, one each."""
+    from allmem_ops.evaluation.arms import ADAPTER, ALLMEM, ARMS, NTK, checkpoint_arm, linear_arm, ntk_arm
     from allmem_ops.evaluation.linear import load_linear
     from allmem_ops.hf.checkpoint import read_memory
 
-    special: dict[str, Callable[[], Any]] = {
-        "ntk": lambda: ntk_arm(options.ntk_factor),
-        "adapter": lambda: adapter_arm(read_memory(model, options.adapter)),
-        "linear": lambda: linear_arm(load_linear(model, options.linear)),
-    }
-    return [ARMS[key] if key in ARMS else special[key]() for key in options.arms]
+    arms = []
+    for key in options.arms:
+        if key == NTK:
+            arms.append(ntk_arm(options.ntk_factor))
+            continue
+        folders = {ALLMEM: options.memory, ADAPTER: options.adapter, "linear": options.linear}.get(key, [])
+        if len(folders) < 2 and key in ARMS:
+            arms.append(ARMS[key])
+            continue
+        for folder in folders:
+            arm = linear_arm(load_linear(model, folder)) if key == "linear" else checkpoint_arm(key, read_memory(model, folder))
+            arms.append(arm.named(_name(folder)) if len(folders) > 1 else arm)
+    return arms
+
+
+def _name(folder: Path) -> str:
+    """`allmem-seed1` for runs/allmem-seed1/memory."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "memory" else folder.name
 
 
 @contextmanager
@@ -251,7 +271,7 @@ def bar(title: str, amount: int) -> Iterator[Callable[[int], Any]]:
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    return json.loads(json.dumps(vars(options), default=str))
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Arm:
     """One way to read a converted model.
 
     Args:
-        key: a key of `LABELS`.
+        key: its name in results; a key of `LABELS`, or one followed by "#" and what tells it apart from others of its kind.
         enter: (model) -> context manager inside which the model is this arm.
         constant: it reads a text in segments through a cache of constant size; else in one pass that sees every key.
         by_length: what it says about a token depends on how long the whole text is.
@@ -43,7 +43,12 @@ class Arm:
 
     @property
     def label(self) -> str:
-        return LABELS[self.key]
+        kind, _, which = self.key.partition("#")
+        return f"{LABELS[kind]}: {which}" if which else LABELS[kind]
+
+    def named(self, which: str) -> "Arm":
+        """The same arm, told apart from others of its kind."""
+        return replace(self, key=f"{self.key.partition('#')[0]}#{which}")
 
 
 ARMS: dict[str, Arm] = {
@@ -82,19 +87,21 @@ def _dynamic_ntk(model: Any, factor: float) -> Iterator[Any]:
         setattr(decoder, name, own)
 
 
-def adapter_arm(parameters: dict[str, torch.Tensor]) -> Arm:
-    """The memory of another checkpoint, one that was trained with eta = 0, read with eta = 0.
+def checkpoint_arm(key: str, parameters: dict[str, torch.Tensor]) -> Arm:
+    """A memory of one checkpoint among several.
 
     Args:
+        key: `ALLMEM`; or `ADAPTER`, for a memory that was trained with eta = 0, which is also how it is read.
         parameters: `memory_parameters` of that checkpoint.
     """
+    mode = "no_writes" if key == ADAPTER else "on"
 
     @contextmanager
     def enter(model: Any) -> Iterator[Any]:
-        with memory_tensors(model, parameters), memory_mode(model, "no_writes"):
+        with memory_tensors(model, parameters), memory_mode(model, mode):
             yield model
 
-    return Arm(ADAPTER, enter)
+    return Arm(key, enter)
 
 
 @contextmanager

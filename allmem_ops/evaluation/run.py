@@ -123,11 +123,13 @@ def run(
         on_part: called with the results so far after every part.
 
     Returns:
-        `plan`, and by part: results by arm; `seconds` by part and arm.
+        `plan`, `labels` of the arms, and by part: results by arm; `seconds` by part and arm.
     """
+    if len({arm.key for arm in arms}) < len(arms):
+        fail("arms", "must have a key each", [arm.key for arm in arms])
     reconfigure(model, window=plan.window, sinks=plan.sinks, chunk_size=plan.chunk_size)
     device = model.get_output_embeddings().weight.device
-    found: dict[str, Any] = {"plan": asdict(plan), "arms": [arm.key for arm in arms], "seconds": {}}
+    found: dict[str, Any] = {"plan": asdict(plan), "labels": {arm.key: arm.label for arm in arms}, "seconds": {}}
     parts = {"rows": _rows, "long": _long, "short": _short, "needles": _needles, "speed": _speed}
     for name in plan.parts:
         clock = _Clock(device)

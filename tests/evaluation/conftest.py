@@ -1,6 +1,8 @@
 """The converted model and the tokenizer that most tests here use."""
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from allmem_ops.hf import convert
 from tests.hf.tiny import VOCAB, awaken, tiny_config, tiny_model
@@ -16,6 +18,14 @@ class Bytes:
 
     def convert_tokens_to_ids(self, token):
         return None
+
+
+def letters_tokenizer():
+    """A tokenizer of transformers' own, one token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<end>"])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
 def make_live():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from allmem_ops.evaluation.arms import ARMS, LABELS, NTK, adapter_arm, memory_tensors, ntk_arm
+from allmem_ops.evaluation.arms import ADAPTER, ALLMEM, ARMS, LABELS, NTK, checkpoint_arm, memory_tensors, ntk_arm
 from allmem_ops.hf import convert, full_attention, memory_mode, memory_parameters, save_memory
 from allmem_ops.hf.checkpoint import read_memory
 from tests.hf.tiny import FAMILY_NAMES, awaken, tiny_config, tiny_model, tokens
@@ -57,7 +57,7 @@ def test_the_adapter_is_the_other_checkpoint_with_its_writes_off(live, tmp_path)
         other.model.allmem.config = live.model.allmem.config
         expected = logits(other, rows)
     before, own = logits(live, rows), {name: p.clone() for name, p in memory_parameters(live).items()}
-    with adapter_arm(read_memory(live, tmp_path)).enter(live):
+    with checkpoint_arm(ADAPTER, read_memory(live, tmp_path)).enter(live):
         assert torch.equal(logits(live, rows), expected)
     assert torch.equal(logits(live, rows), before)
     assert all(torch.equal(p, own[name]) for name, p in memory_parameters(live).items())
@@ -74,7 +74,7 @@ def test_a_memory_of_another_form_is_refused(live, tmp_path):
 def test_the_model_is_restored_after_an_error(live):
     rows = tokens(1, 40)
     before = logits(live, rows)
-    for arm in (*ARMS.values(), ntk_arm(), adapter_arm({n: torch.zeros_like(p) for n, p in memory_parameters(live).items()})):
+    for arm in (*ARMS.values(), ntk_arm(), checkpoint_arm(ALLMEM, {n: torch.zeros_like(p) for n, p in memory_parameters(live).items()})):
         with pytest.raises(KeyError), arm.enter(live):
             raise KeyError
         assert torch.equal(logits(live, rows), before)
@@ -82,3 +82,4 @@ def test_the_model_is_restored_after_an_error(live):
 
 def test_every_arm_has_a_label():
     assert {*ARMS, NTK} <= set(LABELS) and all(arm.label == LABELS[key] for key, arm in ARMS.items())
+    assert ARMS[ALLMEM].named("seed 1").named("seed 2").label == "AllMem: seed 2"

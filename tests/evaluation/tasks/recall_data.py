@@ -1,0 +1,11 @@
+"""The tiny task's data, from the file beside it."""
+
+import json
+from pathlib import Path
+
+import datasets
+
+
+def load(**_):
+    lines = (Path(__file__).parent / "recall.jsonl").read_text().splitlines()
+    return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
