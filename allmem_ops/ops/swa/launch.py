@@ -132,14 +132,13 @@ def _launch(
         # A window or sinks beyond the sequence are the sequence: positions stay int32 in the kernel.
         min(window, Tk),
         min(sinks, Tk),
-        scale * LOG2E,
+        scale,
         D,
         BD,
         BM,
         BN,
         BG,
         TMA,
-        "ieee",
     )
     options = config.launch_options()
     tensors = (q, q_sinks, cu_seqlens) if TMA else (q, q_sinks, cu_seqlens, k, v)

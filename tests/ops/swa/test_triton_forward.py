@@ -134,6 +134,13 @@ def test_long_sequences(T, window, sinks, D, HQ, HK, dtype):
     check(make(T, HQ=HQ, HK=HK, D=D, dtype=dtype), window, sinks)
 
 
+def test_float32_log_sum_exp_of_one_key_is_its_score(config):
+    """To the last bit: a backward subtracts it from the score again, and the probability is 1."""
+    x = {name: torch.randint(-9, 10, t.shape, device=DEVICE).float() for name, t in make(64, HQ=2, D=16).items()}
+    _, lse = swa(**x, window=1, scale=0.3, return_lse=True, impl="triton")
+    assert torch.equal(lse, (x["q"] * x["k"]).sum(-1) * 0.3)
+
+
 def test_large_scores_neither_overflow_nor_lose_the_maximum(config):
     x = make(70)
     check({**x, "q": x["q"] * 1e3}, 33, 5, scale=1.0)

@@ -1,7 +1,8 @@
 """`swa` forward: one program a block of queries and one or more query heads that share a key/value head.
 
 Online softmax in base 2: with c = scale * log2(e), p = exp2(s * c - m), m the running maximum of s * c, so that the scale costs
-no operation of its own. One loop runs over all key tiles of the block, sinks first and then the band (`geometry.query_tiles`);
+no operation of its own. For float32 operands m is that of s * scale, and the difference comes before log2(e): rounded to base 2 and
+back, a maximum of 20 would be wrong by two units in the last place, in the log-sum-exp and in every probability made from it. One loop runs over all key tiles of the block, sinks first and then the band (`geometry.query_tiles`);
 only the tiles at the edges apply a mask. One loop instead of one a kind, because each loop fills and drains its own pipeline of
 loads: at window 512 a block has ten tiles.
 """
@@ -13,6 +14,8 @@ from allmem_ops.ops.swa.kernels.tiles import query_tiles
 
 # The running maximum before the first visible key: below every score, but finite, so that no difference is inf - inf.
 _LOWEST = tl.constexpr(-3e38)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -53,6 +56,12 @@ def _load_tile(x, i_b, i_h, row, first, end, stride_t, stride_d, D: tl.constexpr
 
 
 @triton.jit
+def _power(x, HALF: tl.constexpr):
+    """exp of what the maximum is kept in: base 2, or natural."""
+    return tl.exp2(x) if HALF else tl.exp2(x * _LOG2E)
+
+
+@triton.jit
 def _attend(
     b_q,
     b_o,
@@ -77,12 +86,12 @@ def _attend(
     full,
     diag,
     end,
-    scale_log2,
+    scale,
     D: tl.constexpr,
     BD: tl.constexpr,
     BN: tl.constexpr,
     TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """Add the sink tiles `[0, sink_end)` and the band tiles `[left, end)` to the running output, sum and maximum."""
     o_n = tl.arange(0, BN)
@@ -92,19 +101,19 @@ def _attend(
         b_k = _load_tile(k, i_b, i_h, row, tile * BN, Tk, stride_kt, stride_kd, D, BN, BD, TMA)
         b_v = _load_tile(v, i_b, i_h, row, tile * BN, Tk, stride_vt, stride_vd, D, BN, BD, TMA)
         # [BM, BD] @ [BD, BN] -> [BM, BN]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         masked = (n >= sink_full) if is_sink else ((tile < full) | (tile >= diag))
         if masked:
             low = tl.where(is_sink, 0, o_i - window + 1)
             high = tl.where(is_sink, tl.minimum(sinks - 1, o_i - window), o_i)
             o_j = tile * BN + o_n
             b_s = tl.where((o_j[None, :] >= low[:, None]) & (o_j[None, :] <= high[:, None]), b_s, float("-inf"))
-        b_top = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
-        b_p = tl.exp2(b_s * scale_log2 - b_top[:, None])
-        b_c = tl.exp2(b_m - b_top)
+        b_top = tl.maximum(b_m, tl.max(b_s, 1) * scale)
+        b_p = _power(b_s * scale - b_top[:, None], HALF)
+        b_c = _power(b_m - b_top, HALF)
         b_l = b_l * b_c + tl.sum(b_p, 1)
         # [BM, BN] @ [BN, BD] -> [BM, BD]
-        b_o = tl.dot(tl.cast(b_p, b_v.dtype), b_v, b_o * b_c[:, None], input_precision=PRECISION)
+        b_o = tl.dot(tl.cast(b_p, b_v.dtype), b_v, b_o * b_c[:, None], input_precision="ieee")
         b_m = b_top
     return b_o, b_l, b_m
 
@@ -142,14 +151,13 @@ def swa_fwd_kernel(
     sequences,
     window,
     sinks,
-    scale_log2,
+    scale,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BG: tl.constexpr,
     TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Grid: query heads of a group / BG, fastest, so that programs which read the same keys run together; then query blocks, the
     last one first (the first ones have fewer keys); then key/value heads and batch.
@@ -158,6 +166,9 @@ def swa_fwd_kernel(
     BG heads times BM // BG positions, which narrows the band that a program reads by as much. `o` and `lse` are contiguous.
     """
     BT: tl.constexpr = BM // BG
+    HALF: tl.constexpr = q.dtype.element_ty != tl.float32
+    if HALF:
+        scale *= _LOG2E
     pid = tl.program_id(0)
     packs = G // BG
     i_g = pid % packs * BG
@@ -203,7 +214,7 @@ def swa_fwd_kernel(
             b_f = tl.load(p_f, mask=m_q, other=0.0)
             b_o, b_l, b_m = _attend(
                 b_f, b_o, b_l, b_m, k, v, i_b, i_h, row_k, Tk, stride_kt, stride_kd, stride_vt, stride_vd, o_i, window, sinks,
-                sink_full, sink_end, 0, 0, 0, 0, scale_log2, D, BD, BN, TMA, PRECISION,
+                sink_full, sink_end, 0, 0, 0, 0, scale, D, BD, BN, TMA, HALF,
             )  # fmt: skip
         sink_full = 0
         sink_end = 0
@@ -212,11 +223,12 @@ def swa_fwd_kernel(
     b_q = tl.load(p_q, mask=m_q, other=0.0)
     b_o, b_l, b_m = _attend(
         b_q, b_o, b_l, b_m, k, v, i_b, i_h, row_k, Tk, stride_kt, stride_kd, stride_vt, stride_vd, o_i, window, sinks,
-        sink_full, sink_end, left, full, diag, end, scale_log2, D, BD, BN, TMA, PRECISION,
+        sink_full, sink_end, left, full, diag, end, scale, D, BD, BN, TMA, HALF,
     )  # fmt: skip
 
     b_l = tl.where(m_t, b_l, 1.0)  # rows past the last query have no keys
     b_o = b_o / b_l[:, None]
     o_out = (i_b64 * T + o_row) * HQ + o_h
     tl.store(o + o_out[:, None] * D + o_d[None, :], tl.cast(b_o, o.dtype.element_ty), mask=m_q)
-    tl.store(lse + o_out, (b_m + tl.log2(b_l)) * 0.6931471805599453, mask=m_t)
+    b_lse = (b_m + tl.log2(b_l)) * _LN2 if HALF else b_m + tl.log(b_l)
+    tl.store(lse + o_out, b_lse, mask=m_t)
