@@ -102,6 +102,7 @@ class Decoder:
         self.logits: Tensor | None = None
         self._generator = torch.Generator(device).manual_seed(torch.initial_seed() if seed is None else seed)
         self._replay: Callable[[], None] | None = None
+        self._newcomers: set[int] = set()  # rows admitted since `stream` began
 
     @torch.no_grad()
     def read(
@@ -140,6 +141,27 @@ class Decoder:
                 on_segment(start + piece.shape[1])
         self.active.fill_(True)
 
+    @torch.no_grad()
+    def admit(self, row: int, other: "Decoder") -> Tensor:
+        """Put the text that `other`, a decoder of one sequence, has read in the place of sequence `row`, which then goes on writing.
+
+        Between two blocks of `stream`, or before it. The other sequences do not notice.
+
+        Returns:
+            int64 [1]: the newcomer's first token. The row's next block goes on after it.
+
+        Raises:
+            ValueError: `other` has read nothing, or its cache does not fit.
+        """
+        if other.logits is None:
+            fail("other", "must have read a text", "a decoder without logits")
+        self.cache.admit(row, other.cache)
+        token = self.sampling.choose(other.logits, self._generator)
+        self._token[row] = token
+        self.active[row] = ~(token == self._ends).any()
+        self._newcomers.add(row)
+        return token
+
     def generate(self, max_new_tokens: int, *, stop: StopCheck | None = None) -> Tensor:
         """Write up to `max_new_tokens` tokens a sequence.
 
@@ -173,13 +195,14 @@ class Decoder:
         self.logits = None
         held, left = 1, max_new_tokens - 1
         before, seen = self.cache.positions.tolist(), self.cache.get_seq_length()
+        self._newcomers.clear()
         try:
             while True:
                 steps = min(self.check_every - held, left)
                 for _ in range(steps):
                     self._step()
                 held, left = held + steps, left - steps
-                going = self.active.any().item()  # the one host read of a block
+                going = bool(self.active.any())  # the one host read of a block
                 block = self._block[:, :held].clone()
                 self._slot.zero_()
                 held = 0
@@ -187,8 +210,9 @@ class Decoder:
                 if not going or not left:
                     return
         finally:
-            moved = max(p - q for p, q in zip(self.cache.positions.tolist(), before, strict=True))
-            self.cache.advance(seen + moved - self.cache.get_seq_length())
+            after = self.cache.positions.tolist()
+            moved = [seen + p - q for row, (p, q) in enumerate(zip(after, before, strict=True)) if row not in self._newcomers]
+            self.cache.advance(max(*moved, *after) - self.cache.get_seq_length())
             self.cache.align()
 
     def _until_the_end(self, block: Tensor) -> Tensor:
@@ -199,6 +223,8 @@ class Decoder:
 
     def _step(self) -> None:
         """One token more: the graph, captured at the first, or the step itself."""
+        if self.cache.batch_size != self.active.shape[0]:
+            fail("cache", f"must hold the {self.active.shape[0]} sequences that it was given with", self.cache.batch_size)
         if not self.graph:
             self._forward_and_take()
             return

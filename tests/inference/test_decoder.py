@@ -126,6 +126,32 @@ def test_goes_on_after_an_answer(device):
 
 
 @PACKED
+def test_a_newcomer_takes_an_ended_sequences_place(device, packed):
+    """While the other one goes on: both write what they would have written alone."""
+    model = built(device)
+    ids, newcomer = tokens(2, 20).to(device), tokens(1, 13, seed=6).to(device)
+    alone, late = greedy(model, ids, 24), greedy(model, newcomer, 12)
+    decoder = Decoder(model, batch_size=2, eos_token_id=(), packed=packed, check_every=4)
+    decoder.read(ids)
+    other = Decoder(model, eos_token_id=())
+    with pytest.raises(ValueError, match="`other` must have read a text"):
+        decoder.admit(1, other)
+    other.read(newcomer)
+    blocks, written = [], []
+    for block in decoder.stream(24):
+        blocks.append(block)
+        written.append(block[1])
+        if len(blocks) == 2:
+            assert torch.equal(torch.cat(written), alone[1, :8])
+            decoder.cache.evict(1)
+            written = [decoder.admit(1, other)]
+    assert torch.equal(torch.cat(blocks, 1)[0], alone[0])
+    assert torch.equal(torch.cat(written)[:12], late[0])
+    assert decoder.cache.positions.tolist() == [43, 13 + 16]
+    assert decoder.cache.get_seq_length() == 43 and not decoder.cache.aligned
+
+
+@PACKED
 def test_sampling_is_that_of_the_seed(device, packed):
     model, ids = built(device), tokens(2, 20).to(device)
 
@@ -201,6 +227,11 @@ def test_what_does_not_fit_is_refused(device):
     if not CUDA:
         with pytest.raises(ValueError, match="`graph` must be False without a CUDA device"):
             Decoder(model, graph=True)
+    decoder = Decoder(model)
+    decoder.read(tokens(1, 5))
+    decoder.cache.batch_repeat_interleave(2)
+    with pytest.raises(ValueError, match="`cache` must hold the 1 sequences that it was given with; got 2"):
+        decoder._step()
     decoder = Decoder(model)
     with pytest.raises(ValueError, match=r"`ids` must have at least one token"):
         decoder.read(tokens(1, 0))
