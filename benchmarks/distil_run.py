@@ -32,13 +32,13 @@ import numpy as np
 import torch
 
 from allmem_ops import AllMemConfig
-from allmem_ops.demo import smollm2
 from allmem_ops.evaluation.arms import ALLMEM, FULL, NO_WRITES, WINDOW
 from allmem_ops.evaluation.linear import use_linear_memory
 from allmem_ops.evaluation.scoring import evaluate, teacher_hidden
 from allmem_ops.hf import convert, memory_mode, memory_parameters, reconfigure
 from allmem_ops.training import Distillation, Recipe, Step, TokenRows, train
 from benchmarks.measure import environment
+from benchmarks.training_speed import load_smollm2
 
 # What scoring and saving at the end of a call take on an H100.
 MARGIN = 20.0
@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--data", type=Path, required=True, help="folder of benchmarks.distil_data")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, help="GGUF file; default: what the demo finds")
+    parser.add_argument("--weights", type=Path, help="GGUF file, or a folder of save_pretrained; default: what the demo finds")
     parser.add_argument("--name", default="allmem")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, help="of this whole call; it stops in time to save")
@@ -82,9 +82,7 @@ def arguments() -> argparse.Namespace:
 
 
 def build(options: argparse.Namespace) -> Any:
-    weights = smollm2.verify(options.weights) if options.weights else smollm2.find_weights()
-    dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
-    model = smollm2.load_model(weights, dtype=dtype, device=options.device)
+    model = load_smollm2(options.weights, torch.bfloat16 if options.device.startswith("cuda") else torch.float32, options.device)
     torch.manual_seed(options.seed)
     (window, chunk), layers = WINDOWS[0], model.config.num_hidden_layers
     config = AllMemConfig(

@@ -35,6 +35,7 @@ from allmem_ops import AllMemConfig
 from allmem_ops.demo import smollm2
 from allmem_ops.hf import convert, full_attention, memory_mode, memory_parameters, reconfigure, trainable_parameters
 from allmem_ops.hf.convert import memory_branches
+from allmem_ops.hf.load import load_causal_lm
 from allmem_ops.hf.runtime import runtime_of
 from allmem_ops.training import final_hidden, fine_tune, forward_kl
 from allmem_ops.training.graph import GraphedStep
@@ -48,7 +49,7 @@ LR = 1e-3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="uint16 tokens, any shape")
-    parser.add_argument("--weights", type=Path, help="GGUF file; default: what the demo finds")
+    parser.add_argument("--weights", type=Path, help="GGUF file, or a folder of save_pretrained; default: what the demo finds")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--length", type=int, default=8192)
@@ -67,15 +68,24 @@ def main() -> None:
     for part in options.parts:
         found[part] = {}
         for batch in options.batches if part in TIMED else options.batches[-1:]:
+            started = time.perf_counter()
             try:
                 found[part][str(batch)] = getattr(bench, part)(batch)
                 bench.say(part, batch, found[part][str(batch)])
             except Exception as error:
                 traceback.print_exc(limit=-3)
                 found[part][str(batch)] = {"failed": repr(error)[:500]}
+            print(f"  {part} {batch}: {time.perf_counter() - started:.1f} s", flush=True)
             if options.results:
                 options.results.mkdir(parents=True, exist_ok=True)
                 (options.results / "training_speed.json").write_text(json.dumps(found, indent=1))
+
+
+def load_smollm2(weights: Path | None, dtype: torch.dtype, device: str) -> Any:
+    """The model from its GGUF file, or quicker from a folder that `save_pretrained` wrote."""
+    if weights is not None and weights.is_dir():
+        return load_causal_lm(weights, dtype=dtype).to(device)
+    return smollm2.load_model(smollm2.verify(weights) if weights else smollm2.find_weights(), dtype=dtype, device=device)
 
 
 class Bench:
@@ -83,8 +93,9 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, rows: torch.Tensor) -> None:
         self.options, self.rows = options, rows
-        weights = smollm2.verify(options.weights) if options.weights else smollm2.find_weights()
-        self.model = smollm2.load_model(weights, dtype=torch.bfloat16, device=options.device)
+        started = time.perf_counter()
+        self.model = load_smollm2(options.weights, torch.bfloat16, options.device)
+        print(f"loaded in {time.perf_counter() - started:.1f} s", flush=True)
         torch.manual_seed(0)
         convert(self.model, AllMemConfig(window=options.window, sinks=options.sinks, chunk_size=options.chunk, impl="auto"))
         self.model.train()
