@@ -2,9 +2,11 @@
 
 Online softmax in base 2: with c = scale * log2(e), p = exp2(s * c - m), m the running maximum of s * c, so that the scale costs
 no operation of its own. For float32 operands m is that of s * scale, and the difference comes before log2(e): rounded to base 2 and
-back, a maximum of 20 would be wrong by two units in the last place, in the log-sum-exp and in every probability made from it. One loop runs over all key tiles of the block, sinks first and then the band (`geometry.query_tiles`);
-only the tiles at the edges apply a mask. One loop instead of one a kind, because each loop fills and drains its own pipeline of
-loads: at window 512 a block has ten tiles.
+back, a maximum of 20 would be wrong by two units in the last place, in the log-sum-exp and in every probability made from it.
+
+One loop runs over all key tiles of the block, sinks first and then the band (`geometry.query_tiles`); only the tiles at the edges
+apply a mask. One loop instead of one a kind, because each loop fills and drains its own pipeline of loads: at window 512 a block has
+ten tiles.
 """
 
 import triton
