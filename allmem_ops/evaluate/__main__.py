@@ -46,9 +46,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--task-limit", type=int, help="texts a task (default: all)")
     what.add_argument("--task-length", type=int, help="the longest text of a task, in tokens (default: what the model was trained to)")
     how = parser.add_argument_group("how")
-    how.add_argument("--window", type=int, default=512)
+    how.add_argument("--window", type=int, nargs="+", default=[512], help="default: 512; with several, one evaluation each")
+    how.add_argument("--chunk", type=int, nargs="+", default=[256], help="one for each window (default: 256)")
     how.add_argument("--sinks", type=int, default=64)
-    how.add_argument("--chunk", type=int, default=256)
     how.add_argument("--ntk-factor", type=float, default=1.0, help="dynamic NTK's factor (default: 1)")
     how.add_argument("--segment", type=int, default=8192, help="tokens that a constant cache reads at a time (default: 8192)")
     how.add_argument("--tokens-per-pass", type=int, default=32768, help="rows are read together up to so many tokens (default: 32768)")
@@ -86,9 +86,12 @@ def check(options: argparse.Namespace) -> None:
             absent = [file for file in ("memory.safetensors", "memory.json") if not (folder / file).is_file()]
             if absent:
                 raise Problem(f"--{name} {folder} holds no {absent[0]}: it must be a folder that allmem_ops.hf.save_memory wrote")
-    if options.chunk > options.window:
-        raise Problem(f"--chunk must be at most --window {options.window}, or a token would be in neither; got {options.chunk}")
-    for name in ("window", "chunk", "segment", "tokens_per_pass", "needle_repeats"):
+    if len(options.chunk) != len(options.window) or len(set(options.window)) != len(options.window):
+        raise Problem(f"--window must name each window once, and --chunk one for each; got {options.window} and {options.chunk}")
+    for window, chunk in zip(options.window, options.chunk, strict=True):
+        if not 1 <= chunk <= window:
+            raise Problem(f"--chunk must be from 1 to --window {window}, or a token would be in neither; got {chunk}")
+    for name in ("segment", "tokens_per_pass", "needle_repeats"):
         if getattr(options, name) < 1:
             raise Problem(f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}")
     try:
@@ -122,69 +125,90 @@ def evaluate(options: argparse.Namespace) -> None:
     """Load, compare, write."""
     # After the checks: these import the extras.
     from allmem_ops.evaluate import texts as texts_file
-    from allmem_ops.evaluation import report
-    from allmem_ops.evaluation.harness import run_tasks
-    from allmem_ops.evaluation.run import Plan, run
 
-    clock = [time.perf_counter()]
-    seconds = {}
-
-    def lap(name: str) -> None:
-        seconds[name] = round(time.perf_counter() - clock[0], 2)
-        clock[0] = time.perf_counter()
-
+    laps = _Laps()
     model, tokenizer = load_model(options)
-    lap("load")
+    laps.end("load")
     texts = load_texts(options, tokenizer, texts_file)
-    lap("texts")
+    laps.end("texts")
     try:
         convert_model(model, options)
         arms = make_arms(model, options)
-        plan = Plan(
-            window=options.window,
-            sinks=options.sinks,
-            chunk_size=options.chunk,
-            parts=tuple(options.parts),
-            segment=options.segment,
-            tokens_per_pass=options.tokens_per_pass,
-            needle_lengths=tuple(options.needle_lengths),
-            needle_repeats=options.needle_repeats,
-            speed_lengths=tuple(options.speed_lengths),
-            seed=options.seed,
-        )
+        laps.end("convert")
+        facts = {"settings": settings(options), "environment": environment(options), "texts": texts_file.describe(texts)}
+        for window, chunk in zip(options.window, options.chunk, strict=True):
+            output = options.output if len(options.window) == 1 else options.output / f"window-{window}"
+            output.mkdir(exist_ok=True)
+            one_window(model, arms, tokenizer, texts, make_plan(options, window, chunk), options, facts, output, laps)
     except ValueError as error:
         raise Problem(str(error)) from error
-    lap("convert")
-    facts = {
-        "settings": settings(options),
-        "environment": environment(options),
-        "texts": texts_file.describe(texts),
-        "seconds_of_all": seconds,
-    }
+
+
+def one_window(
+    model: Any,
+    arms: list[Any],
+    tokenizer: Any,
+    texts: Any,
+    plan: Any,
+    options: argparse.Namespace,
+    facts: dict[str, Any],
+    output: Path,
+    laps: "_Laps",
+) -> None:
+    """Evaluate at one window; three files in `output`."""
+    from allmem_ops.evaluation import report
+    from allmem_ops.evaluation.harness import run_tasks
+    from allmem_ops.evaluation.run import run
 
     def save(found: dict[str, Any]) -> None:
         name, by_arm = list(found["seconds"].items())[-1]
         print(f"{name}: {sum(by_arm.values()):.1f} s ({', '.join(f'{arm} {value:.1f}' for arm, value in by_arm.items())})", flush=True)
-        write(options.output / "evaluation.json", json.dumps({**facts, **found}, indent=1))
+        write(output / "evaluation.json", json.dumps({**facts, **found}, indent=1))
 
-    try:
-        found = {**facts, **run(model, arms, tokenizer, texts, plan, progress=bar, on_part=save)}
-        lap("evaluate")
-        if options.tasks:
-            limits = {"limit": options.task_limit, "max_length": options.task_length}
-            found["tasks"] = run_tasks(model, arms, tokenizer, options.tasks, task_path=options.task_path, **limits)
-            lap("tasks")
-    except ValueError as error:
-        raise Problem(str(error)) from error
-    write(options.output / "evaluation.json", json.dumps(found, indent=1))
+    found = {**facts, **run(model, arms, tokenizer, texts, plan, progress=bar, on_part=save)}
+    laps.end(f"window {plan.window}")
+    if options.tasks:
+        limits = {"limit": options.task_limit, "max_length": options.task_length}
+        found["tasks"] = run_tasks(model, arms, tokenizer, options.tasks, task_path=options.task_path, **limits)
+        laps.end(f"tasks, window {plan.window}")
+    found["seconds_of_all"] = dict(laps.seconds)
+    write(output / "evaluation.json", json.dumps(found, indent=1))
     text = report.text(found)
-    write(options.output / "evaluation.md", text + "\n")
-    print(text)
-    print(f"\nWritten: {options.output}/evaluation.json, {options.output}/evaluation.md")
+    write(output / "evaluation.md", text + "\n")
+    print(f"\n{text}\n\nWritten: {output}/evaluation.json, {output}/evaluation.md")
     try:
-        print(f"Written: {report.picture(found, options.output / 'evaluation.png')}")
+        print(f"Written: {report.picture(found, output / 'evaluation.png')}")
     except ImportError as error:
         print(error)
+
+
+def make_plan(options: argparse.Namespace, window: int, chunk: int) -> Any:
+    from allmem_ops.evaluation.run import Plan
+
+    return Plan(
+        window=window,
+        sinks=options.sinks,
+        chunk_size=chunk,
+        parts=tuple(options.parts),
+        segment=options.segment,
+        tokens_per_pass=options.tokens_per_pass,
+        needle_lengths=tuple(options.needle_lengths),
+        needle_repeats=options.needle_repeats,
+        speed_lengths=tuple(options.speed_lengths),
+        seed=options.seed,
+    )
+
+
+class _Laps:
+    """Seconds from one call of `end` to the next, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self.last = round(now - self.last, 2), now
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -231,7 +255,7 @@ def convert_model(model: Any, options: argparse.Namespace) -> None:
         load_memory(model, options.memory[0])
         reconfigure(model, impl=options.impl)
     else:
-        convert(model, AllMemConfig(window=options.window, sinks=options.sinks, chunk_size=options.chunk, impl=options.impl))
+        convert(model, AllMemConfig(window=options.window[0], sinks=options.sinks, chunk_size=options.chunk[0], impl=options.impl))
 
 
 def make_arms(model: Any, options: argparse.Namespace) -> list[Any]:

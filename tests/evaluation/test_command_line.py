@@ -51,8 +51,8 @@ def test_the_whole_command(place, tmp_path, capsys):
     assert run(place, tmp_path, *options, *sizes) == 0
     found = json.loads((tmp_path / "evaluation.json").read_text())
     keys = ["full", "ntk", "window", "allmem#run-seed0", "allmem#run-seed1", "writes-off", "adapter", "linear"]
-    assert list(found["labels"]) == keys and found["settings"]["window"] == 12
-    assert found["texts"]["a text"]["shape"] == [2, 60] and set(found["seconds_of_all"]) == {"load", "texts", "convert", "evaluate"}
+    assert list(found["labels"]) == keys and found["settings"]["window"] == [12]
+    assert found["texts"]["a text"]["shape"] == [2, 60] and set(found["seconds_of_all"]) == {"load", "texts", "convert", "window 12"}
     losses = [arm["beyond"]["loss"] for arm in found["rows"]["a text"]["arms"].values()]
     assert len(set(losses)) == 7
     report = (tmp_path / "evaluation.md").read_text()
@@ -68,6 +68,13 @@ def test_a_fresh_memory_is_the_window(place, tmp_path):
     assert list(found["labels"]) == ["full", "ntk", "window", "allmem"]
     arms = found["rows"]["a text"]["arms"]
     assert arms["allmem"]["beyond"] == arms["window"]["beyond"] != arms["full"]["beyond"]
+
+
+def test_several_windows(place, tmp_path):
+    assert run(place, tmp_path, "--parts", "rows", "--arms", "full", "window", "--window", "12", "24", "--chunk", "7", "8") == 0
+    found = [json.loads((tmp_path / f"window-{window}" / "evaluation.json").read_text()) for window in (12, 24)]
+    assert [(f["plan"]["window"], f["plan"]["chunk_size"]) for f in found] == [(12, 7), (24, 8)]
+    assert "0-24" in found[1]["rows"]["a text"]["arms"]["window"]["kl"]
 
 
 def test_texts_are_built_once_and_read_again(tmp_path):
@@ -101,7 +108,8 @@ def error(capsys, arguments):
         (["--parts", "rows", "dance"], "--parts must be of rows, long, short, needles, speed; got 'dance'"),
         (["--arms", "adapter"], "--arms adapter needs --adapter FOLDER"),
         (["--memory", "nowhere"], "--memory nowhere holds no memory.safetensors"),
-        (["--chunk", "13"], "--chunk must be at most --window 12"),
+        (["--chunk", "13"], "--chunk must be from 1 to --window 12"),
+        (["--window", "12", "13"], "--window must name each window once, and --chunk one for each; got [12, 13] and [7]"),
         (["--segment", "0"], "--segment must be at least 1; got 0"),
         (["--device", "gpu"], "--device must be cpu or cuda; got 'gpu'"),
         (["--device", "meta"], "--device must be cpu or cuda; got 'meta'"),
