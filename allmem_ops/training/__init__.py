@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from allmem_ops.training.distill import FineTuneResult, fine_tune
     from allmem_ops.training.engine import Distillation, Step, final_hidden
     from allmem_ops.training.loop import Outcome, train
+    from allmem_ops.training.on_policy import Answers, answer_prompts
     from allmem_ops.training.rows import TokenRows
 
 _HOME = {
+    "Answers": "on_policy",
     "Distillation": "engine",
     "FineTuneResult": "distill",
     "Outcome": "loop",
     "Step": "engine",
     "TokenRows": "rows",
+    "answer_prompts": "on_policy",
     "final_hidden": "engine",
     "fine_tune": "distill",
     "latest_checkpoint": "checkpoint",
@@ -33,6 +36,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Answers",
     "Batch",
     "Distillation",
     "Draw",
@@ -42,6 +46,7 @@ __all__ = [
     "Step",
     "TokenLosses",
     "TokenRows",
+    "answer_prompts",
     "final_hidden",
     "fine_tune",
     "forward_kl",
