@@ -137,8 +137,9 @@ def ttt_mlp(
     options = Options(chunk_size, norm, residual, grad_clip, eps)
     if initial_state is not None:
         _check_initial_state(initial_state, q, sequences, known, options)
-        initial_state = initial_state.folded()
     impl = _resolve("ttt_mlp", impl, q, known["h"])
+    if initial_state is not None:
+        initial_state = initial_state.folded("triton" if impl == "triton" else "chunk")
 
     weights = (w_gate, w_up, w_down)
     if impl == "triton":

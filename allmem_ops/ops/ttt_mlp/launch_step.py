@@ -1,4 +1,4 @@
-"""Launch of the decode kernels: two for one token, two for more."""
+"""Launch of the decode kernels: two for one token, two for more, one to fold a tail."""
 
 from collections.abc import Sequence
 
@@ -14,6 +14,7 @@ from allmem_ops.ops.ttt_mlp.kernels.step import (
     ttt_mlp_step_count_kernel,
     ttt_mlp_step_fold_kernel,
     ttt_mlp_step_segments_kernel,
+    ttt_mlp_step_tail_kernel,
     ttt_mlp_step_token_kernel,
 )
 from allmem_ops.ops.ttt_mlp.reference import Options
@@ -86,3 +87,20 @@ def ttt_mlp_step(
         launch_plain(ttt_mlp_step_segments_kernel, device, N * H, args, config.launch_options())
         launch_plain(ttt_mlp_step_count_kernel, device, -(-N // 128), [count, position, tail, seen, N, T, chunk_size], {"num_warps": 4})
     return o
+
+
+def ttt_mlp_folded(
+    w: Sequence[Tensor], n: Sequence[Tensor], g: Sequence[Tensor], tail: Sequence[Tensor], norm: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient sums `g` with the tail (`tail.Tail`) added; a row's are the same whoever its neighbours are."""
+    k = tail[0]
+    sums = tuple(x.clone(memory_format=torch.contiguous_format) for x in g)
+    N, H, _, d = k.shape
+    if N * H == 0:
+        return sums
+    BD = _padded(d)
+    config = candidates(_FOLD, gpu_class(k.device), (BD, short(k.dtype)))[0]
+    w, n, tail = ([x.contiguous() for x in tensors] for tensors in (w, n, tail))
+    args = [*w, *sums, *n, *tail, H, eps, d, n[0].shape[-1], BD, config.constants["HS"], config.constants["BT"], _NORM[norm], "ieee"]
+    launch_plain(ttt_mlp_step_tail_kernel, k.device, N * H, args, config.launch_options())
+    return sums

@@ -284,6 +284,21 @@ def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
+@torch.library.custom_op("allmem_ops::ttt_mlp_folded_triton", mutates_args=())
+def ttt_mlp_folded_triton(
+    w: Sequence[Tensor], n: Sequence[Tensor], g: Sequence[Tensor], tail: Sequence[Tensor], norm: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient sums with the tail in them (`MemoryState.folded`). No autograd."""
+    from allmem_ops.ops.ttt_mlp.launch_step import ttt_mlp_folded
+
+    return ttt_mlp_folded(w, n, g, tail, norm, eps)
+
+
+@ttt_mlp_folded_triton.register_fake
+def _(w: Any, n: Any, g: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape) for x in g)
+
+
 def forward_flops(read: int, written: int, heads: int, d: int, h: int) -> int:
     """Forward: 6*d*h a token and head that is read, 12*d*h more if it is written (A, B, P and three gradients)."""
     return (6 * read + 12 * written) * heads * d * h

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from allmem_ops._impl import resolve_impl
 from allmem_ops._validation import (
     MATMUL_DTYPES,
     check_bool,
@@ -21,6 +22,8 @@ from allmem_ops._validation import (
 from allmem_ops.ops.precision import accumulator_dtype, ieee_float32
 from allmem_ops.ops.state import RowState, Shared
 from allmem_ops.ops.ttt_mlp.reference import Carry, Options, row_norms
+from allmem_ops.ops.ttt_mlp.registration import ttt_mlp_folded_triton
+from allmem_ops.ops.ttt_mlp.slots import covers
 from allmem_ops.ops.ttt_mlp.tail import TAIL_TOKENS, Tail, empty_tail, is_empty, tail_gradient
 
 NORMS = ("pre_write", "post_write", "none")
@@ -213,15 +216,24 @@ class MemoryState(RowState):
         return Tail(self.tail_k, self.tail_v, self.tail_eta, self.tail)
 
     @torch.no_grad()
-    def folded(self) -> "MemoryState":
-        """The same state with an empty tail: new gradient sums, everything else shared. `self` where no row is known to hold any."""
-        if is_empty(self.held_back()):
+    def folded(self, impl: str = "auto") -> "MemoryState":
+        """The same state with an empty tail: new gradient sums, everything else shared. `self` where no row is known to hold any.
+
+        Args:
+            impl: "chunk" (plain PyTorch: a row's last bits may vary with the number of rows), "triton" (one kernel, where they do not) or
+                "auto": "triton" on CUDA for what the kernels take, else "chunk".
+        """
+        tail, c = self.held_back(), self.carry()
+        if is_empty(tail):
             return self
-        options = Options(self.chunk_size, self.norm, self.residual, self.grad_clip, self.eps)
-        with ieee_float32():
-            found = tail_gradient(self.carry(), self.held_back(), options)
-        sums = {f"g_{name}": getattr(self, f"g_{name}") + g for name, g in zip(MATRICES, found, strict=True)}
-        return replace(self, **sums, tail=torch.zeros_like(self.tail))
+        chosen = resolve_impl("ttt_mlp_step", impl, tail.k)
+        if chosen == "triton" and covers(tail.k.shape[-1], self.w_gate.shape[-2]):
+            sums = ttt_mlp_folded_triton(c.w, c.n, c.g, tail, self.norm, self.eps)
+        else:
+            with ieee_float32():
+                found = tail_gradient(c, tail, Options(self.chunk_size, self.norm, self.residual, self.grad_clip, self.eps))
+            sums = [g + more for g, more in zip(c.g, found, strict=True)]
+        return replace(self, **{f"g_{name}": g for name, g in zip(MATRICES, sums, strict=True)}, tail=torch.zeros_like(self.tail))
 
     @torch.no_grad()
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:

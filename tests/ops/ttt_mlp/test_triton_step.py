@@ -200,6 +200,28 @@ def test_runs_are_bitwise_equal_and_rows_do_not_depend_on_their_neighbours():
         assert torch.equal(t, found[1][name]) and torch.equal(t[1:2], alone[name]), name
 
 
+@pytest.mark.parametrize("norm, dtype", [(norm, dtype) for norm in NORMS for dtype in DTYPES[:2]])
+def test_the_kernel_that_folds_a_tail(norm, dtype):
+    x = case(3, 5, dtype=dtype)
+    state = state_of(x, 9, [1, 6, 0], norm=norm)
+    for t in range(4):  # the second row commits and begins anew
+        ttt_mlp_step(*tokens_at(x, t, t + 1), state, active=torch.tensor([True, True, False], device=DEVICE), impl="triton")
+    assert state.tail.tolist() == [4, 1, 0]
+    for name in ("tail_k", "tail_v", "tail_eta"):
+        getattr(state, name)[:, :, 4:] = float("nan")
+    before = state.clone()
+    got, low, exact = state.folded("triton"), state.folded("chunk"), double(state).folded("chunk")
+    for name in ("g_gate", "g_up", "g_down"):
+        y = getattr(got, name)
+        assert_within_budget(name, y, getattr(low, name), getattr(exact, name))
+        assert torch.equal(y[1:2], getattr(state.index_select([1]).folded("triton"), name))  # not so in torch's batched product
+        assert torch.equal(y[2], getattr(state, name)[2])
+    assert not got.tail.any() and got.w_up is state.w_up
+    assert all(torch.equal(t.nan_to_num(7), getattr(before, name).nan_to_num(7)) for name, t in state.tensors().items())
+    tensors = [tuple(getattr(state, f"{kind}_{matrix}") for matrix in ("gate", "up", "down")) for kind in "wng"]
+    torch.library.opcheck(torch.ops.allmem_ops.ttt_mlp_folded_triton.default, (*tensors, tuple(state.held_back()), norm, 1e-5))
+
+
 def faults():
     def zeroed(o, _):
         o.zero_()

@@ -8,6 +8,7 @@ weights themselves for float32).
 * One token: the first kernel reads and appends, and is all that most steps need. The second one folds and commits where a
   sequence is due, and moves the counters on, which no program of it needs: it takes them from a copy that the first one made.
   On Hopper and later both are launched while the kernel before them drains, and wait for its writes (PDL).
+* A pass over a state with a tail: one kernel folds it first.
 * More tokens: one kernel does it all, in segments that end where the tail or the chunk is full; a last one moves the counters on.
 """
 
@@ -186,15 +187,19 @@ def _commit(
 
 
 @triton.jit
+def _kept(tail, i_n):
+    """Tokens in the tail, int32. Clamped: bad values can't lead outside the tensors."""
+    return tl.minimum(tl.maximum(tl.cast(tl.load(tail + i_n), tl.int32), 0), TAIL - 1)
+
+
+@triton.jit
 def _counters(count, tail, active, stride_a, i_n):
     """(whether the sequence takes part, tokens in its open chunk, tokens in its tail), int32."""
     on = i_n >= 0
     if active is not None:
         on = tl.load(active + i_n * stride_a) != 0
-    # Clamped: bad values can't lead outside the tensors.
     held = tl.maximum(tl.cast(tl.load(count + i_n), tl.int32), 0)
-    kept = tl.minimum(tl.maximum(tl.cast(tl.load(tail + i_n), tl.int32), 0), TAIL - 1)
-    return on, held, kept
+    return on, held, _kept(tail, i_n)
 
 
 @triton.jit
@@ -311,6 +316,21 @@ def ttt_mlp_step_fold_kernel(
                 tl.store(mu_sum + i_x, 0.0)
         if tl.program_id(0) == 0:
             _advance(count, position, tail, seen, o_n, N, 1, chunk_size)
+
+
+@triton.jit(do_not_specialize=["eps"])
+def ttt_mlp_step_tail_kernel(
+    w_gate, w_up, w_down, g_gate, g_up, g_down, n_gate, n_up, n_down, tail_k, tail_v, tail_eta, tail, H, eps,
+    D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, BT: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Grid (N * H): fold what the tail holds, whatever that is."""
+    i_x = tl.cast(tl.program_id(0), tl.int64)
+    kept = _kept(tail, i_x // H)
+    if kept > 0:
+        _fold(
+            w_gate, w_up, w_down, g_gate, g_up, g_down, n_gate, n_up, n_down, tail_k, tail_v, tail_eta, i_x, kept, eps,
+            D, HID, BD, HS, BT, NORM, PREC,
+        )  # fmt: skip
 
 
 # ---- more tokens
