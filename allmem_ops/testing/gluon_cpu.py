@@ -9,16 +9,20 @@ late: a TMA load fills its tile with NaN when it is issued and with data some tu
 its tile when they are waited for, or, with `late=False`, when they are issued. A wait that nothing ends is an error and not a hang, and
 so is the use of a product that was not waited for.
 
-Only what the kernels of this package use is here. Layouts are not modelled: a tile is its elements.
+Only what the kernels of this package use is here. Of the layouts one thing is modelled: a tile in shared memory lies in panels of 128
+bytes a row, one after the other, so that a view of another shape finds its elements where the hardware would. (The permutation inside a
+panel is the same for every reader, and left out.)
 """
 
+import ast
 import importlib.util
+import math
 import random
 import sys
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,37 +110,59 @@ class _Barrier:
             self.phase ^= 1
 
 
-class _Shared:
-    """Shared memory: a view of a tensor, or of a list of barriers."""
+class _Barriers:
+    def __init__(self, count: int) -> None:
+        self.barriers = [_Barrier() for _ in range(count)]
 
-    def __init__(self, data: Any, layout: Any) -> None:
-        self.data, self.layout = data, layout
+    def index(self, i: Any) -> _Barrier:
+        return self.barriers[int(i)]
+
+
+class _Shared:
+    """A tile in shared memory, or a stack of them: `shape` elements from `base` on."""
+
+    def __init__(self, flat: Tensor, shape: list[int], layout: "_Layout", base: int = 0, turned: bool = False, rows: Any = None) -> None:
+        self.flat, self.shape, self.layout, self.base, self.turned, self.rows = flat, [int(n) for n in shape], layout, base, turned, rows
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.data.dtype
+        return self.flat.dtype
 
     def index(self, i: Any) -> "_Shared":
-        return _Shared(self.data[int(i)], self.layout)
+        assert 0 <= int(i) < self.shape[0], "a tile outside of the allocation"
+        return _Shared(self.flat, self.shape[1:], self.layout, self.base + int(i) * math.prod(self.shape[1:]))
 
-    def slice(self, start: int, length: int, dim: int = 0) -> "_Shared":
-        return _Shared(self.data.narrow(dim, start, length), self.layout)
+    def slice(self, start: int, length: int) -> "_Shared":
+        assert self.rows is None and len(self.shape) == 2 and start + length <= self.shape[0]
+        return _Shared(self.flat, self.shape, self.layout, self.base, rows=(start, length))
 
     def permute(self, order: Any) -> "_Shared":
-        return _Shared(self.data.permute(order), self.layout)
+        assert tuple(order) == (1, 0)
+        return _Shared(self.flat, self.shape, self.layout, self.base, not self.turned)
 
     def reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> "_Shared":
-        assert dtype == self.data.dtype
-        size = 1
-        for n in shape:
-            size *= n
-        return _Shared(self.data.view(-1)[:size].view(shape), layout)
+        assert dtype == self.dtype and self.rows is None and not self.turned
+        return _Shared(self.flat, shape, layout, self.base)
+
+    @property
+    def cells(self) -> Tensor:
+        """[rows, panels, columns of a panel], a view."""
+        columns, count = self.shape[-1], math.prod(self.shape)
+        assert self.base + count <= self.flat.numel(), "a tile outside of the allocation"
+        width = min(self.layout.columns or columns, columns)
+        cells = self.flat[self.base : self.base + count].view(columns // width, -1, width).transpose(0, 1)
+        return cells if self.rows is None else cells.narrow(0, *self.rows)
+
+    def read(self) -> Tensor:
+        x = self.cells.flatten(1)
+        return x.T if self.turned else x
 
     def store(self, value: Tensor) -> None:
-        self.data.copy_(value)
+        assert value.dtype == self.dtype
+        self.cells.copy_(value.reshape(self.cells.shape))
 
     def load(self, _layout: Any) -> Tensor:
-        return self.data.clone()
+        return self.read().clone().view(self.shape if self.rows is None else [self.rows[1], self.shape[1]])
 
 
 class _Pointer:
@@ -152,7 +178,8 @@ class _Descriptor:
 
     def __init__(self, described: Any) -> None:
         self.data = torch.as_strided(described.base, described.shape, described.strides)
-        self.block, self.layout, self.dtype = list(described.block_shape), described.layout, described.base.dtype
+        self.block, self.dtype = list(described.block_shape), described.base.dtype
+        self.layout = _Layout.panels(described.layout.swizzle_byte_width, described.layout.element_bitwidth)
 
     def _inside(self, at: Any) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         at = [int(a) for a in at]
@@ -166,9 +193,9 @@ class _Descriptor:
         tile[inner] = self.data[outer]
         return tile
 
-    def write(self, at: Any, tile: Tensor) -> None:
+    def write(self, at: Any, tile: Tensor, add: bool) -> None:
         outer, inner = self._inside(at)
-        self.data[outer] = tile[inner]
+        self.data[outer] = self.data[outer] + tile[inner] if add else tile[inner]
 
 
 class _Product:
@@ -189,13 +216,14 @@ def _tensor(x: Any) -> Tensor:
     return x if isinstance(x, Tensor) else torch.as_tensor(x)
 
 
-def _product(a: Any, b: _Shared, acc: Tensor, *, use_acc: Any = True, is_async: bool = False) -> Any:
-    assert isinstance(acc, Tensor), "an accumulator that was not waited for"
+def _product(a: Any, b: _Shared, acc: Any, *, use_acc: Any = True, is_async: bool = False) -> Any:
+    # In flight, a sum may only be the next product's; they finish in their order.
+    assert isinstance(acc, Tensor) or acc in _local.partition.products, "an accumulator that was not waited for"
 
     def compute() -> Tensor:
-        left = a.data if isinstance(a, _Shared) else a
-        value = left.float() @ b.data.float()
-        return acc + value if use_acc else value
+        left = a.read() if isinstance(a, _Shared) else a
+        value = left.float() @ b.read().float()
+        return (acc if isinstance(acc, Tensor) else acc.value) + value if use_acc else value
 
     product = _Product(compute)
     _local.partition.products.append(product)
@@ -213,38 +241,47 @@ def _product_wait(pending: int = 0, deps: Any = None) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _tma_load(descriptor: _Descriptor, at: Any, barrier: _Shared, tile: _Shared, pred: Any = True) -> None:
+def _tma_load(descriptor: _Descriptor, at: Any, barrier: _Barrier, tile: _Shared, pred: Any = True) -> None:
     if not pred:
         return
     at = [int(a) for a in at]
-    tile.data.fill_(float("nan"))
-    size = tile.data.numel() * tile.data.element_size()
-    assert list(tile.data.shape) == descriptor.block
+    assert tile.shape == descriptor.block and tile.layout.columns == descriptor.layout.columns
+    tile.cells.fill_(float("nan"))
 
     def arrive() -> None:
-        tile.data.copy_(descriptor.read(at))
-        barrier.data[0].change(0, -size)
+        tile.store(descriptor.read(at))
+        barrier.change(0, -math.prod(tile.shape) * tile.dtype.itemsize)
 
     _state.events.append(arrive)
     _switch()
 
 
-def _tma_store(descriptor: _Descriptor, at: Any, tile: _Shared) -> None:
+def _leave(descriptor: _Descriptor, at: Any, tile: _Shared, add: bool) -> None:
     at = [int(a) for a in at]
+    assert tile.shape == descriptor.block and tile.layout.columns == descriptor.layout.columns
     if _state.late:
-        _local.partition.stores.append(lambda: descriptor.write(at, tile.data))
+        _local.partition.stores.append(lambda: descriptor.write(at, tile.load(None), add))
     else:
-        descriptor.write(at, tile.data)
+        descriptor.write(at, tile.load(None), add)
 
 
-def _store_wait(pendings: int) -> None:
+def _tma_store(descriptor: _Descriptor, at: Any, tile: _Shared) -> None:
+    _leave(descriptor, at, tile, False)
+
+
+def _tma_add(descriptor: _Descriptor, at: Any, tile: _Shared) -> None:
+    _leave(descriptor, at, tile, True)
+
+
+def store_wait(pendings: int) -> None:
+    """Finish this partition's stores (for stand-ins of assembly, as `load` and `store`)."""
     assert pendings == 0
     _switch()
     while _local.partition.stores:
         _local.partition.stores.pop(0)()
 
 
-def _load(pointer: _Pointer, mask: Any = None, other: Any = 0) -> Tensor:
+def load(pointer: _Pointer, mask: Any = None, other: Any = 0) -> Tensor:
     flat = torch.as_strided(pointer.data, (pointer.data.untyped_storage().nbytes() // pointer.data.element_size(),), (1,), 0)
     offset = _tensor(pointer.offset) + pointer.data.storage_offset()
     if mask is None:
@@ -252,42 +289,62 @@ def _load(pointer: _Pointer, mask: Any = None, other: Any = 0) -> Tensor:
     return torch.where(_tensor(mask), flat[torch.where(_tensor(mask), offset, 0)], other)
 
 
-def _store(pointer: _Pointer, value: Any, mask: Any = True) -> None:
-    assert pointer.data.is_contiguous()
-    offset, value, mask = torch.broadcast_tensors(_tensor(pointer.offset), _tensor(value), _tensor(mask))
-    pointer.data.view(-1)[offset[mask]] = value[mask].to(pointer.data.dtype)
+def store(pointer: _Pointer, value: Any, mask: Any = True) -> None:
+    flat = torch.as_strided(pointer.data, (pointer.data.untyped_storage().nbytes() // pointer.data.element_size(),), (1,), 0)
+    offset, value, mask = torch.broadcast_tensors(_tensor(pointer.offset) + pointer.data.storage_offset(), _tensor(value), _tensor(mask))
+    flat[offset[mask]] = value[mask].to(flat.dtype)
 
 
-def _allocate(dtype: Any, shape: list[int], layout: Any) -> _Shared:
+def _atomic_add(pointer: _Pointer, value: Any) -> Tensor:
+    old = load(pointer).clone()
+    store(pointer, old + value)
+    return old
+
+
+def _allocate(dtype: Any, shape: list[int], layout: Any) -> Any:
     if dtype == torch.int64:  # barriers
-        return _Shared([[_Barrier()] for _ in range(shape[0])] if len(shape) == 2 else [_Barrier()], layout)
-    return _Shared(torch.full(shape, float("nan"), dtype=dtype), layout)
+        return _Barriers(shape[0])
+    return _Shared(torch.full((math.prod(shape),), float("nan"), dtype=dtype), shape, layout)
 
 
-def _init(barrier: _Shared, count: int) -> None:
-    barrier.data[0].count = barrier.data[0].pending = count
+def _init(barrier: _Barrier, count: int) -> None:
+    barrier.count = barrier.pending = count
 
 
-def _arrive(barrier: _Shared, count: int = 1, pred: Any = True) -> None:
+def _arrive(barrier: _Barrier, count: int = 1, pred: Any = True) -> None:
     if pred:
-        barrier.data[0].change(count, 0)
+        barrier.change(count, 0)
         _switch()
 
 
-def _wait(barrier: _Shared, phase: Any, pred: Any = True) -> None:
+def _wait(barrier: _Barrier, phase: Any, pred: Any = True) -> None:
     if pred:
-        _switch(lambda: barrier.data[0].phase != int(phase))
+        _switch(lambda: barrier.phase != int(phase))
 
 
 class _Layout:
-    """Any layout: compared by nothing, asked for its parent."""
+    """Any layout: asked for its parent, and in shared memory for the columns of a panel (None: a row is one piece)."""
 
     def __init__(self, *arguments: Any, **_: Any) -> None:
         self.parent = next((a for a in arguments if isinstance(a, _Layout)), None)
+        self.columns: int | None = None
 
     @staticmethod
-    def get_default_for(*_: Any) -> "_Layout":
-        return _Layout()
+    def panels(swizzle_bytes: int, bits: int, _rank: int = 2) -> "_Layout":
+        layout = _Layout()
+        layout.columns = swizzle_bytes * 8 // bits or None
+        return layout
+
+
+class _SharedLayout:
+    """`NVMMASharedLayout`."""
+
+    def __new__(cls, swizzle_bytes: int, bits: int, rank: int = 2) -> _Layout:  # type: ignore[misc]
+        return _Layout.panels(swizzle_bytes, bits, rank)
+
+    @staticmethod
+    def get_default_for(shape: list[int], dtype: torch.dtype) -> _Layout:
+        return _Layout.panels(min(128, shape[-1] * dtype.itemsize), 8 * dtype.itemsize)
 
 
 def _asm(source: str, _constraints: str, arguments: list[Any], **_: Any) -> Any:
@@ -312,9 +369,17 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         constexpr=lambda x: x,
         **{name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int32", "int64")},
         **dict.fromkeys(
-            ("NVMMASharedLayout", "NVMMADistributedLayout", "SliceLayout", "DotOperandLayout", "BlockedLayout", "DistributedLinearLayout"),
+            (
+                "NVMMADistributedLayout",
+                "SliceLayout",
+                "DotOperandLayout",
+                "BlockedLayout",
+                "DistributedLinearLayout",
+                "SwizzledSharedLayout",
+            ),
             _Layout,
         ),
+        NVMMASharedLayout=_SharedLayout,
         shared_memory_descriptor=_Shared,
         static_range=range,
         program_id=lambda _axis: torch.tensor(_state.program),
@@ -326,8 +391,9 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         zeros=lambda shape, dtype, _layout=None: torch.zeros(shape, dtype=dtype),
         convert_layout=lambda x, _layout, **_: x,
         inline_asm_elementwise=_asm,
-        load=_load,
-        store=_store,
+        load=load,
+        store=store,
+        atomic_add=_atomic_add,
         where=lambda c, a, b: torch.where(_tensor(c), _tensor(a), _tensor(b)),
         maximum=scalar(torch.maximum),
         minimum=scalar(torch.minimum),
@@ -343,9 +409,9 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         warpgroup_mma=_product,
         warpgroup_mma_wait=_product_wait,
         mbarrier=types.SimpleNamespace(
-            MBarrierLayout=_Layout, init=_init, wait=_wait, arrive=_arrive, expect=lambda barrier, size: barrier.data[0].change(1, size)
+            MBarrierLayout=_Layout, init=_init, wait=_wait, arrive=_arrive, expect=lambda barrier, size: barrier.change(1, size)
         ),
-        tma=types.SimpleNamespace(store_wait=_store_wait),
+        tma=types.SimpleNamespace(store_wait=store_wait),
     )
     name = "triton.experimental.gluon"
     return {
@@ -358,6 +424,7 @@ def _stand_ins() -> dict[str, types.ModuleType]:
             "gluon",
             tma_load=_tma_load,
             tma_store=_tma_store,
+            tma_add=_tma_add,
             view=lambda x, dtype, shape, layout: x.reinterpret(dtype, shape, layout),
             exp2=lambda x, _eighths: torch.exp2(x),
         ),
@@ -386,9 +453,10 @@ class _Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: Any, **options: Any) -> None:
-            _state.programs, _state.failed, _state.events = grid[0], None, []
+            count = math.prod(grid)
+            _state.programs, _state.failed, _state.events = count, None, []
             options = {name: _argument(x) for name, x in options.items() if name not in ("num_warps", "num_stages", "maxnreg")}
-            for _state.program in range(grid[0]):
+            for _state.program in range(count):
                 self.function(*map(_argument, arguments), **options)
 
         return launch
@@ -400,19 +468,32 @@ def _argument(x: Any) -> Any:
     return _Descriptor(x) if hasattr(x, "block_shape") else x
 
 
-def gluon_on_cpu(name: str, *, late: bool = True, seed: int = 0, edit: Callable[[str], str] = str) -> Any:
+class _InPlace(ast.NodeTransformer):
+    """`x += y` as `x = x + y`: on the device these are values, and here tensors that others may hold."""
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.Assign:
+        read = ast.parse(ast.unparse(node.target), mode="eval").body
+        return ast.copy_location(ast.Assign([node.target], ast.BinOp(read, node.op, node.value)), node)
+
+
+def gluon_on_cpu(
+    name: str, *, late: bool = True, seed: int = 0, edit: Callable[[str], str] = str, assembly: Mapping[str, Callable] | None = None
+) -> Any:
     """The module `name` with its Gluon functions as Python; its kernels are called `..._kernel`.
 
     Args:
         late: products and stores read what they read as late as they may, or as early.
         seed: of the order in which partitions and loads go on.
         edit: changes the source, for tests that a fault is found.
+        assembly: by name, what stands for functions of the module that are assembly (`load`, `store` and `store_wait` are for them).
     """
     _state.late, _state.random = late, random.Random(seed)
     module = types.ModuleType(name)
     path = Path(importlib.util.find_spec(name).origin)
+    tree = ast.fix_missing_locations(_InPlace().visit(ast.parse(edit(path.read_text()), str(path))))
     with _replaced(_stand_ins()):
-        exec(compile(edit(path.read_text()), path, "exec"), module.__dict__)
+        exec(compile(tree, path, "exec"), module.__dict__)
+    module.__dict__.update(assembly or {})
     for member, value in list(vars(module).items()):
         if member.endswith("_kernel"):
             setattr(module, member, _Kernel(value))

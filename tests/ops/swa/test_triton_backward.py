@@ -1,6 +1,6 @@
 """The backward kernels of `swa` against the definition's gradients, in the error of plain PyTorch at the same precision.
 
-On a CPU the portable kernels run in Triton's interpreter, and the Hopper kernel in `gluon_emulator`; on a GPU each runs where it is
+On a CPU the portable kernels run in Triton's interpreter, and the Hopper kernel by `testing.gluon_cpu`; on a GPU each runs where it is
 pinned, with longer sequences as well.
 """
 
@@ -18,8 +18,7 @@ from allmem_ops.ops.swa import launch_bwd, launch_bwd_hopper
 from allmem_ops.ops.swa.chunk import swa_chunk_backward, swa_chunk_forward
 from allmem_ops.ops.swa.kernels import bwd, hopper_bwd
 from allmem_ops.ops.swa.launch_bwd import swa_triton_backward
-from allmem_ops.testing import assert_within_budget
-from tests.ops.swa.gluon_emulator import EmulatedKernel
+from allmem_ops.testing import assert_within_budget, gluon_cpu
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -248,9 +247,18 @@ def hopper(monkeypatch):
     monkeypatch.setattr(launch_bwd_hopper, "TABLE", {("sm80", D): configs for (_, D), configs in launch_bwd_hopper.TABLE.items()})
     monkeypatch.setattr(launch_bwd_hopper, "FAR_CONFIG", Config({"BM": 64, "BN": 128}, 4, 1))
 
-    def use(edit=lambda source: source):
-        kernel = EmulatedKernel(hopper_bwd, "swa_bwd_hopper_kernel", edit)
-        monkeypatch.setattr(launch_bwd_hopper, "swa_bwd_hopper_kernel", kernel)
+    def await_turn(p_turn, rank, _count):
+        assert int(gluon_cpu.load(p_turn)) == int(rank), "programs run one after another: a turn that has not come never comes"
+
+    def pass_turn(p_turn, count):
+        gluon_cpu.store_wait(0)
+        gluon_cpu.store(p_turn, count)
+
+    assembly = {"_look_up_turn": gluon_cpu.load, "_await_turn": await_turn, "_pass_turn": pass_turn}
+
+    def use(edit=str):
+        module = gluon_cpu.gluon_on_cpu(hopper_bwd.__name__, edit=edit, assembly=assembly)
+        monkeypatch.setattr(launch_bwd_hopper, "swa_bwd_hopper_kernel", module.swa_bwd_hopper_kernel)
 
     use()
     return use
@@ -299,9 +307,7 @@ HOPPER_FAULTS = {
 
 @cpu
 @pytest.mark.parametrize("fault", HOPPER_FAULTS.values(), ids=HOPPER_FAULTS.keys())
-def test_hopper_faults_are_found(fault, hopper, monkeypatch):
-    monkeypatch.setattr("tests.ops.swa.gluon_emulator.PATIENCE", 0.5)
-
+def test_hopper_faults_are_found(fault, hopper):
     def edit(source):
         assert fault[0] in source
         return source.replace(*fault)
