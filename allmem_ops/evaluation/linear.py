@@ -196,11 +196,16 @@ class LinearBranch(nn.Module):
     ) -> Tensor:
         """attn + alpha * Linear_out(readout), [B, T, d_model]; without `attn`, the unscaled Linear_out(readout).
 
+        Args:
+            active: bool [B], with a state: the other rows' state stays and they get `attn` (zeros without it).
+
         Raises:
-            NotImplementedError: packed sequences or inactive rows.
+            NotImplementedError: packed sequences.
         """
-        if cu_seqlens is not None or active is not None:
-            raise NotImplementedError("the linear memory reads whole rows only: no packed sequences, no padding")
+        if cu_seqlens is not None:
+            raise NotImplementedError("the linear memory reads whole rows only: no packed sequences, no padded prompts")
+        if active is not None and not active.all():
+            return self._some(x, attn, state, active)
         H, K, V = self.shape
         wide, heads = F.linear(x, self.in_proj.weight.to(x.dtype)).split([self.splits[0], 3 * H], -1)
         before = x.new_zeros(x.shape[0], self.config.conv_size - 1, wide.shape[-1]) if state is None else state.conv.inputs.to(x.dtype)
@@ -218,6 +223,16 @@ class LinearBranch(nn.Module):
         readout = F.rms_norm(o.float(), (V,), self.readout_norm, self.config.norm_eps) * gate.sigmoid()[..., None]
         out = F.linear(readout.flatten(2).to(x.dtype), self.out_proj.weight.to(x.dtype))
         return out if attn is None else attn + (self.alpha * out).to(attn.dtype)
+
+    def _some(self, x: Tensor, attn: Tensor | None, state: LinearBranchState, active: Tensor) -> Tensor:
+        """The active rows on their own."""
+        rows = active.nonzero()[:, 0]
+        part = state.index_select(rows)
+        out = torch.zeros_like(x) if attn is None else attn.clone()
+        if len(rows):
+            out[rows] = self(x[rows], None if attn is None else attn[rows], state=part)
+            state.copy_(rows, part, torch.arange(len(rows), device=rows.device))
+        return out
 
 
 def linear_branches(model: Any) -> list[LinearBranch]:

@@ -121,6 +121,31 @@ def test_a_checkpoint_of_another_memory_is_refused(tmp_path):
         pass
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("active", [[True, False, True], [False] * 3, [True] * 3])
+def test_an_inactive_row_stays_as_it_is(active):
+    branch = LinearBranch(32, AllMemConfig(heads=2, head_dim=8))
+    branch.alpha.fill_(0.5)
+    x, attn, active = torch.randn(3, 5, 32), torch.randn(3, 5, 32), torch.tensor(active)
+    state = branch.initial_state(3)
+    branch(torch.randn(3, 9, 32), state=state)
+    before, every = state.clone(), state.clone()
+    expected = branch(x, attn, state=every)
+    found = branch(x, attn, state=state, active=active)
+    torch.testing.assert_close(found, torch.where(active[:, None, None], expected, attn))
+    for name, after in (("memory", every.memory.S), ("conv", every.conv.inputs)):
+        own, old = (getattr(getattr(s, name), "S" if name == "memory" else "inputs") for s in (state, before))
+        torch.testing.assert_close(own, torch.where(active.view(-1, *[1] * (own.dim() - 1)), after, old))
+
+
+def test_generation_equals_one_pass(linear_model):
+    ids = tokens(2, 20)
+    out = linear_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    with torch.no_grad():
+        logits = linear_model(out, use_cache=False).logits
+    assert torch.equal(out[:, 20:], logits[:, 19:-1].argmax(-1))
+
+
 def test_padding_is_refused(linear_model):
     with pytest.raises(NotImplementedError, match="whole rows only"):
         linear_model(tokens(2, 10), attention_mask=torch.tensor([[0] * 3 + [1] * 7, [1] * 10]), use_cache=False)
