@@ -12,8 +12,12 @@ from allmem_ops.ops.kernels.configs import Config, Table, choose
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
 from allmem_ops.ops.kernels.launcher import launch_plain
 
-# TILE: elements of a tile. PER_SM: programs a streaming multiprocessor, at most. STAGES: of the loop over tiles.
-_FWD: Table = {("sm80", "rows"): [Config({"TILE": 4096, "PER_SM": 8, "STAGES": 2}, 8, 1)]}
+# TILE: elements of a tile. PER_SM: programs a streaming multiprocessor, at most. STAGES: of the loop over tiles. Shape classes: "rows" with
+# a norm or a gate, whose weights a program keeps from tile to tile; "sums" without, one tile a program.
+_FWD: Table = {
+    ("sm80", "rows"): [Config({"TILE": 4096, "PER_SM": 8, "STAGES": 2}, 8, 1)],
+    ("sm80", "sums"): [Config({"TILE": 1024, "PER_SM": 1 << 20, "STAGES": 1}, 4, 1)],
+}
 _BWD: Table = {("sm80", "rows"): [Config({"TILE": 2048, "PER_SM": 4, "STAGES": 1}, 4, 1)]}
 _SUM_ROWS, _SUM_COLUMNS = 64, 32  # tile of the kernel that adds the programs' parts
 
@@ -108,7 +112,8 @@ def launch_forward(
         args += [rows.H, rows.W, rows.D, plan.batch, rows.gate, plan.BR, plan.BW, config.constants["STAGES"]]
         launch_plain(gated_fusion_fwd_kernel, memory.device, plan.programs, args, {"num_warps": _warps(config, plan)})
 
-    run(choose("gated_fusion_fwd", _FWD, gpu_class(memory.device), "rows", run))
+    shape = "sums" if gate is None and norm_weight is None else "rows"
+    run(choose("gated_fusion_fwd", _FWD, gpu_class(memory.device), shape, run))
     return y
 
 

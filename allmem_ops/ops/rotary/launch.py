@@ -11,34 +11,41 @@ from allmem_ops.ops.kernels.launcher import launch_plain
 from allmem_ops.ops.rotary.kernels.bwd import rotary_bwd_kernel, rotary_bwd_sums_kernel
 from allmem_ops.ops.rotary.kernels.fwd import rotary_fwd_kernel
 
-# TILE: channels of a tile's half heads. HEADS: of a tile, at most. PER_SM: programs a streaming multiprocessor, at most.
-_FWD: Table = {("sm80", "rows"): [Config({"TILE": 1024, "HEADS": 8, "PER_SM": 16, "STAGES": 1}, 4, 1)]}
-_BWD: Table = {("sm80", "rows"): [Config({"TILE": 1024, "HEADS": 8, "PER_SM": 8, "STAGES": 1}, 4, 1)]}
+# TILE: channels of a tile's half heads. HEADS: of a tile, at most. PER_SM: programs a streaming multiprocessor, at most; in the forward
+# there are as many as tiles.
+_FWD: Table = {("sm80", "rows"): [Config({"TILE": 1024, "HEADS": 8, "PER_SM": 1 << 20}, 4, 1)]}
+_BWD: Table = {("sm80", "rows"): [Config({"TILE": 512, "HEADS": 8, "PER_SM": 8}, 4, 1)]}
 _SUM_ROWS, _SUM_COLUMNS = 64, 32  # tile of the kernel that adds the programs' parts
 
 
 class _Plan(NamedTuple):
-    """Tiles of BT tokens, BH heads and BW channels (half a head, up to a power of two); `slots` programs share a sequence's tokens."""
+    """Tiles of BT tokens, BH heads of one kind and BW channels (half a head, up to a power of two).
+
+    blocks: of q's heads and of k's; slots: programs that share a sequence's tokens.
+    """
 
     BT: int
     BH: int
     BW: int
+    blocks: tuple[int, int]
     slots: int
-    programs: int
     warps: int
 
 
-def _plan(B: int, T: int, H: int, W: int, config: Config, device: torch.device) -> _Plan:
+def _plan(B: int, T: int, kinds: tuple[int, ...], W: int, config: Config, device: torch.device) -> _Plan:
+    """`kinds`: numbers of heads of q, of k and, in backward, of v."""
     constants = config.constants
     BW, BH = 1 << (W - 1).bit_length(), 1
     # Heads side by side share a token's cos and sin, as long as no more than a quarter of the lanes lies idle.
-    while (wider := 2 * BH) <= constants["HEADS"] and wider * BW <= constants["TILE"] and 3 * -(-H // wider) * wider <= 4 * H:
+    while (wider := 2 * BH) <= constants["HEADS"] and wider * BW <= constants["TILE"]:
+        if 3 * sum(-(-n // wider) * wider for n in kinds) > 4 * sum(kinds):
+            break
         BH = wider
     BT = max(1, constants["TILE"] // (BH * BW))
-    blocks = -(-H // BH)
-    slots = min(-(-T // BT), max(1, constants["PER_SM"] * sm_count(device) // (blocks * B)))
+    blocks = [-(-n // BH) for n in kinds]
+    slots = min(-(-T // BT), max(1, constants["PER_SM"] * sm_count(device) // (sum(blocks) * B)))
     warps = min(16, max(config.num_warps, BT * BH * BW // 512))
-    return _Plan(BT, BH, BW, slots, B * slots * blocks, warps)
+    return _Plan(BT, BH, BW, (blocks[0], blocks[1]), slots, warps)
 
 
 def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
@@ -59,14 +66,13 @@ def launch_forward(
     q, k = (torch.empty(B, T, n, D, dtype=qkv.dtype, device=qkv.device) for n in (heads, heads_kv))
     if q.numel() + k.numel() == 0:
         return q, k
-    k_norm = q_norm if k_norm is None else k_norm
 
     def run(config: Config) -> None:
-        plan = _plan(B, T, heads + heads_kv, D // 2, config, qkv.device)
+        plan = _plan(B, T, (heads, heads_kv), D // 2, config, qkv.device)
         args = [qkv, cos, sin, q_norm, k_norm, q, k, T, plan.slots, eps]
         args += [*qkv.stride(), *_table_strides(cos), *_table_strides(sin), *_strides(q_norm, 1), *_strides(k_norm, 1)]
-        args += [heads, heads_kv, D // 2, plan.BT, plan.BH, plan.BW, config.constants["STAGES"]]
-        launch_plain(rotary_fwd_kernel, qkv.device, plan.programs, args, {"num_warps": plan.warps})
+        args += [heads, heads_kv, D // 2, plan.BT, plan.BH, plan.BW]
+        launch_plain(rotary_fwd_kernel, qkv.device, B * plan.slots * sum(plan.blocks), args, {"num_warps": plan.warps})
 
     run(choose("rotary_fwd", _FWD, gpu_class(qkv.device), "rows", run))
     return q, k
@@ -90,20 +96,21 @@ def launch_backward(
     norms = dq_norm, dk_norm = tuple(None if x is None else torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q_norm, k_norm))
     if dqkv.numel() == 0:
         return dqkv, *(None if x is None else x.zero_() for x in norms)
-    if q_norm is not None and k_norm is None:  # no heads of k
-        k_norm, dk_norm = q_norm, torch.empty_like(q_norm)
 
     def run(config: Config) -> None:
-        plan = _plan(B, T, heads + 2 * heads_kv, D // 2, config, device)
-        sums = None if q_norm is None else torch.empty(plan.programs, 4, plan.BW, dtype=torch.float32, device=device)
-        args = [dq, dk, dv, qkv, cos, sin, q_norm, k_norm, dqkv, sums, T, plan.slots, eps]
+        plan = _plan(B, T, (heads, heads_kv, heads_kv), D // 2, config, device)
+        groups, (q_blocks, k_blocks) = B * plan.slots, plan.blocks
+        rows = groups * q_blocks, groups * k_blocks
+        sums = None if q_norm is None else torch.empty(sum(rows), 2, plan.BW, dtype=torch.float32, device=device)
+        args = [dq, dk, dv, qkv, cos, sin, q_norm, k_norm, dqkv, sums, T, plan.slots, groups, eps]
         args += [*dq.stride(), *dk.stride(), *dv.stride(), *_strides(qkv, 4), *_table_strides(cos), *_table_strides(sin)]
         args += [*_strides(q_norm, 1), *_strides(k_norm, 1)]
-        args += [heads, heads_kv, D // 2, plan.BT, plan.BH, plan.BW, config.constants["STAGES"]]
-        launch_plain(rotary_bwd_kernel, device, plan.programs, args, {"num_warps": plan.warps})
+        args += [heads, heads_kv, D // 2, plan.BT, plan.BH, plan.BW]
+        launch_plain(rotary_bwd_kernel, device, groups * (q_blocks + 2 * k_blocks), args, {"num_warps": plan.warps})
         if sums is not None:
-            args = [sums, dq_norm, dk_norm, plan.programs, D // 2, plan.BW, _SUM_ROWS, _SUM_COLUMNS]
-            launch_plain(rotary_bwd_sums_kernel, device, -(-4 * plan.BW // _SUM_COLUMNS), args, {"num_warps": 4})
+            args = [sums, dq_norm, dk_norm, *rows, D // 2, plan.BW, _SUM_ROWS, _SUM_COLUMNS]
+            programs = -(-2 * plan.BW // _SUM_COLUMNS) * (1 if dk_norm is None else 2)
+            launch_plain(rotary_bwd_sums_kernel, device, programs, args, {"num_warps": 4})
 
     run(choose("rotary_bwd", _BWD, gpu_class(device), "rows", run))
     return dqkv, *norms

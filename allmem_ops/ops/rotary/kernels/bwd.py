@@ -4,10 +4,107 @@ import triton
 import triton.language as tl
 
 from allmem_ops.ops.kernels.sums import column_sums
-from allmem_ops.ops.rotary.kernels.rows import inverse_rms, load_halves, load_weights, program_place
+from allmem_ops.ops.rotary.kernels.rows import head_offsets, inverse_rms, load_halves, program_place, store_halves
 
 
-@triton.jit(do_not_specialize=["T", "slots", "eps"], do_not_specialize_on_alignment=["T", "slots"])
+@triton.jit
+def _turn_back(
+    p_dy,
+    p_x,
+    p_cos,
+    p_sin,
+    p_norm,
+    p_dx,
+    p_sums,
+    o_x,
+    i_row,
+    i_s,
+    i_h,
+    T,
+    slots,
+    eps,
+    s_dy_t,
+    s_dy_h,
+    s_dy_d,
+    s_x_t,
+    s_x_h,
+    s_x_d,
+    s_cos_t,
+    s_cos_d,
+    s_sin_t,
+    s_sin_d,
+    s_norm,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    W: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """Block i_h of the H heads of one kind, which begin at x + o_x: dy -> their rows of dx [T, HEADS, 2 W], contiguous.
+
+    A part of dweight's halves [2, BW] goes into row i_row of p_sums.
+    """
+    o_h, o_w, m_hw = head_offsets(i_h, H, W, BH, BW)
+    if p_norm is not None:
+        b_w1, b_w2 = load_halves(p_norm + o_w * s_norm, o_w < W, W * s_norm)
+        b_sum1 = tl.zeros([BT, BH, BW], dtype=tl.float32)
+        b_sum2 = tl.zeros([BT, BH, BW], dtype=tl.float32)
+    for i_t in tl.range(i_s * BT, T, slots * BT, num_stages=1):
+        o_t = (tl.cast(i_t, tl.int64) + tl.arange(0, BT))[:, None, None]
+        m_x = (o_t < T) & m_hw
+        b_dy1, b_dy2 = load_halves(p_dy + o_t * s_dy_t + o_h * s_dy_h + o_w * s_dy_d, m_x, W * s_dy_d)
+        # For each head: see the forward.
+        b_cos = tl.load(p_cos + o_t * s_cos_t + o_h * 0 + o_w * s_cos_d, mask=m_x, other=0.0)
+        b_sin = tl.load(p_sin + o_t * s_sin_t + o_h * 0 + o_w * s_sin_d, mask=m_x, other=0.0)
+        b_dx1 = b_dy1 * b_cos + b_dy2 * b_sin
+        b_dx2 = b_dy2 * b_cos - b_dy1 * b_sin
+        if p_norm is not None:
+            b_n1, b_n2 = load_halves(p_x + o_x + o_t * s_x_t + o_h * s_x_h + o_w * s_x_d, m_x, W * s_x_d)
+            b_r = inverse_rms(b_n1, b_n2, eps, W)
+            b_n1 *= b_r
+            b_n2 *= b_r
+            b_sum1 += b_dx1 * b_n1
+            b_sum2 += b_dx2 * b_n2
+            b_dx1 *= b_w1
+            b_dx2 *= b_w2
+            b_mean = tl.sum(b_dx1 * b_n1 + b_dx2 * b_n2, 2)[:, :, None] / (2 * W)
+            b_dx1 = b_r * (b_dx1 - b_n1 * b_mean)
+            b_dx2 = b_r * (b_dx2 - b_n2 * b_mean)
+        store_halves(p_dx + (o_t * HEADS + o_h) * (2 * W) + o_w, b_dx1, b_dx2, m_x, W)
+    if p_norm is not None:
+        p_row = p_sums + i_row * (2 * BW) + tl.arange(0, BW)
+        tl.store(p_row, tl.sum(tl.sum(b_sum1, 0), 0))
+        tl.store(p_row + BW, tl.sum(tl.sum(b_sum2, 0), 0))
+
+
+@triton.jit
+def _copy(
+    p_dy,
+    p_dx,
+    i_s,
+    i_h,
+    T,
+    slots,
+    s_dy_t,
+    s_dy_h,
+    s_dy_d,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    W: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
+    o_h, o_w, m_hw = head_offsets(i_h, H, W, BH, BW)
+    for i_t in tl.range(i_s * BT, T, slots * BT, num_stages=1):
+        o_t = (tl.cast(i_t, tl.int64) + tl.arange(0, BT))[:, None, None]
+        m_x = (o_t < T) & m_hw
+        b_dy1, b_dy2 = load_halves(p_dy + o_t * s_dy_t + o_h * s_dy_h + o_w * s_dy_d, m_x, W * s_dy_d)
+        store_halves(p_dx + (o_t * HEADS + o_h) * (2 * W) + o_w, b_dy1, b_dy2, m_x, W)
+
+
+@triton.jit(do_not_specialize=["T", "slots", "groups", "eps"], do_not_specialize_on_alignment=["T", "slots", "groups"])
 def rotary_bwd_kernel(
     p_dq,
     p_dk,
@@ -21,6 +118,7 @@ def rotary_bwd_kernel(
     p_sums,
     T,
     slots,
+    groups,
     eps,
     s_dq_b,
     s_dq_t,
@@ -52,76 +150,53 @@ def rotary_bwd_kernel(
     BT: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """As the forward, with the heads of v after those of k, which are copied.
+    """As the forward, and after the blocks of k those of v, which are copied.
 
-    p_sums fp32 [programs, 4, BW]: a program's part of the gradients of q_norm's halves and of k_norm's.
+    p_sums fp32: parts of dq_norm [groups * blocks of q, 2, BW], then those of dk_norm; groups = sequences * slots.
     """
-    i_b, i_s, i_h = program_place(slots, HQ + 2 * HK, BH)
-    o_h = (i_h * BH + tl.cast(tl.arange(0, BH), tl.int64))[None, :, None]
-    o_w = tl.cast(tl.arange(0, BW), tl.int64)[None, None, :]
-    m_w = o_w < W
-    m_hw = (o_h < HQ + 2 * HK) & m_w
-    m_q = o_h < HQ
-    m_k = (o_h >= HQ) & (o_h < HQ + HK)
-    m_v = o_h >= HQ + HK
-    p_dq += i_b * s_dq_b
-    p_dk += i_b * s_dk_b
-    p_dv += i_b * s_dv_b
+    HEADS: tl.constexpr = HQ + 2 * HK
+    Q_BLOCKS: tl.constexpr = (HQ + BH - 1) // BH
+    K_BLOCKS: tl.constexpr = (HK + BH - 1) // BH
+    i_b, i_s, i_h = program_place(slots, Q_BLOCKS + 2 * K_BLOCKS)
+    o_x = i_b * s_x_b
     p_cos += i_b * s_cos_b
     p_sin += i_b * s_sin_b
-    p_dx += i_b * T * (HQ + 2 * HK) * 2 * W
-    if p_q_norm is not None:
-        p_x += i_b * s_x_b
-        b_w1, b_w2 = load_weights(p_q_norm, p_k_norm, s_q_norm, s_k_norm, m_q, o_w, W)
-        b_sum1 = tl.zeros([BT, BH, BW], dtype=tl.float32)
-        b_sum2 = tl.zeros([BT, BH, BW], dtype=tl.float32)
-
-    for i_t in tl.range(i_s * BT, T, slots * BT, num_stages=STAGES):
-        o_t = (tl.cast(i_t, tl.int64) + tl.arange(0, BT))[:, None, None]
-        m_t = o_t < T
-        m_x = m_t & m_hw
-        b_q1, b_q2 = load_halves(p_dq + o_t * s_dq_t + o_h * s_dq_h + o_w * s_dq_d, m_x & m_q, W * s_dq_d)
-        b_k1, b_k2 = load_halves(p_dk + o_t * s_dk_t + (o_h - HQ) * s_dk_h + o_w * s_dk_d, m_x & m_k, W * s_dk_d)
-        b_v1, b_v2 = load_halves(p_dv + o_t * s_dv_t + (o_h - (HQ + HK)) * s_dv_h + o_w * s_dv_d, m_x & m_v, W * s_dv_d)
-        b_dy1 = tl.where(m_q, b_q1, b_k1)
-        b_dy2 = tl.where(m_q, b_q2, b_k2)
-        # Loaded for each head (from the L1): for one row a token Triton would pass the whole tile through shared memory.
-        b_cos = tl.load(p_cos + o_t * s_cos_t + o_h * 0 + o_w * s_cos_d, mask=m_x, other=0.0)
-        b_sin = tl.load(p_sin + o_t * s_sin_t + o_h * 0 + o_w * s_sin_d, mask=m_x, other=0.0)
-        b_dx1 = b_dy1 * b_cos + b_dy2 * b_sin
-        b_dx2 = b_dy2 * b_cos - b_dy1 * b_sin
-        if p_q_norm is not None:
-            b_n1, b_n2 = load_halves(p_x + o_t * s_x_t + o_h * s_x_h + o_w * s_x_d, m_x & (m_q | m_k), W * s_x_d)
-            b_r = inverse_rms(b_n1, b_n2, eps, W)
-            b_n1 *= b_r
-            b_n2 *= b_r
-            b_sum1 += b_dx1 * b_n1
-            b_sum2 += b_dx2 * b_n2
-            b_dx1 *= b_w1
-            b_dx2 *= b_w2
-            b_mean = tl.sum(b_dx1 * b_n1 + b_dx2 * b_n2, 2)[:, :, None] / (2 * W)
-            b_dx1 = b_r * (b_dx1 - b_n1 * b_mean)
-            b_dx2 = b_r * (b_dx2 - b_n2 * b_mean)
-        p_y = p_dx + (o_t * (HQ + 2 * HK) + o_h) * (2 * W) + o_w
-        tl.store(p_y, tl.where(m_v, b_v1, b_dx1).to(p_dx.dtype.element_ty), mask=m_x)
-        tl.store(p_y + W, tl.where(m_v, b_v2, b_dx2).to(p_dx.dtype.element_ty), mask=m_x)
-
-    if p_q_norm is not None:
-        p_row = p_sums + tl.cast(tl.program_id(0), tl.int64) * 4 * BW + tl.arange(0, BW)
-        tl.store(p_row, tl.sum(tl.sum(tl.where(m_q, b_sum1, 0.0), 0), 0))
-        tl.store(p_row + BW, tl.sum(tl.sum(tl.where(m_q, b_sum2, 0.0), 0), 0))
-        tl.store(p_row + 2 * BW, tl.sum(tl.sum(tl.where(m_k, b_sum1, 0.0), 0), 0))
-        tl.store(p_row + 3 * BW, tl.sum(tl.sum(tl.where(m_k, b_sum2, 0.0), 0), 0))
+    p_dx += i_b * T * (HEADS * 2 * W)
+    i_g = i_b * slots + i_s
+    # fmt: off
+    if i_h < Q_BLOCKS:
+        _turn_back(p_dq + i_b * s_dq_b, p_x, p_cos, p_sin, p_q_norm, p_dx, p_sums, o_x, i_g * Q_BLOCKS + i_h,
+                   i_s, i_h, T, slots, eps, s_dq_t, s_dq_h, s_dq_d, s_x_t, s_x_h, s_x_d, s_cos_t, s_cos_d, s_sin_t, s_sin_d, s_q_norm,
+                   HQ, HEADS, W, BT, BH, BW)
+    elif i_h < Q_BLOCKS + K_BLOCKS:
+        i_k = i_h - Q_BLOCKS
+        _turn_back(p_dk + i_b * s_dk_b, p_x, p_cos, p_sin, p_k_norm, p_dx + HQ * 2 * W,
+                   p_sums, o_x + HQ * s_x_h, groups * Q_BLOCKS + i_g * K_BLOCKS + i_k,
+                   i_s, i_k, T, slots, eps, s_dk_t, s_dk_h, s_dk_d, s_x_t, s_x_h, s_x_d, s_cos_t, s_cos_d, s_sin_t, s_sin_d, s_k_norm,
+                   HK, HEADS, W, BT, BH, BW)
+    else:
+        _copy(p_dv + i_b * s_dv_b, p_dx + (HQ + HK) * 2 * W, i_s, i_h - (Q_BLOCKS + K_BLOCKS), T, slots, s_dv_t, s_dv_h, s_dv_d,
+              HK, HEADS, W, BT, BH, BW)
+    # fmt: on
 
 
-@triton.jit(do_not_specialize=["programs"], do_not_specialize_on_alignment=["programs"])
-def rotary_bwd_sums_kernel(p_sums, p_dq_norm, p_dk_norm, programs, W: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
-    """The gradients of q_norm and k_norm [2 W] from the programs' parts, fp32 [programs, 4, BW]: BC columns a program."""
-    o_c, b_sum = column_sums(p_sums, programs, 4 * BW, tl.program_id(0), BN, BC)
-    o_part = o_c // BW
+@triton.jit
+def _sum(p_sums, p_dnorm, rows, i_c, W: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+    o_c, b_sum = column_sums(p_sums, rows, 2 * BW, i_c, BN, BC)
     o_w = o_c % BW
-    o_out = o_part % 2 * W + o_w
-    tl.store(p_dq_norm + o_out, b_sum.to(p_dq_norm.dtype.element_ty), mask=(o_part < 2) & (o_w < W))
-    tl.store(p_dk_norm + o_out, b_sum.to(p_dk_norm.dtype.element_ty), mask=(o_part >= 2) & (o_part < 4) & (o_w < W))
+    tl.store(p_dnorm + o_c // BW * W + o_w, b_sum.to(p_dnorm.dtype.element_ty), mask=(o_c < 2 * BW) & (o_w < W))
+
+
+@triton.jit(do_not_specialize=["q_rows", "k_rows"], do_not_specialize_on_alignment=["q_rows", "k_rows"])
+def rotary_bwd_sums_kernel(
+    p_sums, p_dq_norm, p_dk_norm, q_rows, k_rows, W: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
+    """dq_norm and dk_norm [2 W] from the programs' parts, fp32 [q_rows + k_rows, 2, BW]: a program sums BC columns of one of them."""
+    i_c = tl.program_id(0)
+    COLUMNS: tl.constexpr = (2 * BW + BC - 1) // BC
+    if i_c < COLUMNS:
+        _sum(p_sums, p_dq_norm, q_rows, i_c, W, BW, BN, BC)
+    if p_dk_norm is not None:
+        if i_c >= COLUMNS:
+            _sum(p_sums + tl.cast(q_rows, tl.int64) * (2 * BW), p_dk_norm, k_rows, i_c - COLUMNS, W, BW, BN, BC)
