@@ -20,20 +20,20 @@ from allmem_ops.ops.precision import accumulator_dtype
 # step's loads are made a step before. The first config of each is the fastest of those that were timed; AHEAD = 1 was only compiled.
 _FWD: Table = {
     ("sm80", "rows"): [
-        Config({"TILE": 256, "PER_SM": 32, "SPAN": 16, "AHEAD": 0}, 2, 1),
-        Config({"TILE": 512, "PER_SM": 7, "SPAN": 16, "AHEAD": 1}, 4, 1),
+        Config({"TILE": 256, "PER_SM": 32, "SPAN": 16, "AHEAD": 0, "STEP": 4}, 2, 1),
+        Config({"TILE": 512, "PER_SM": 7, "SPAN": 16, "AHEAD": 1, "STEP": 4}, 4, 1),
     ]
 }
 _BWD: Table = {
     ("sm80", "rows"): [
-        Config({"TILE": 256, "PER_SM": 8, "SPAN": 16, "AHEAD": 0}, 2, 1),
-        Config({"TILE": 512, "PER_SM": 3, "SPAN": 16, "AHEAD": 1}, 4, 1),
+        Config({"TILE": 256, "PER_SM": 8, "SPAN": 16, "AHEAD": 0, "STEP": 4}, 2, 1),
+        Config({"TILE": 512, "PER_SM": 3, "SPAN": 16, "AHEAD": 1, "STEP": 4}, 4, 1),
     ]
 }
 # (tokens, columns) of a tile of the programs for the columns after q, k and v: backward's small enough for the walkers' registers.
 _HEADS_FWD, _HEADS_BWD = (16, 64), (8, 64)
 _HEADS_PER_SM = 2  # of them, backward, for each tile's columns: each keeps a part of the bias's sums
-_SUM_ROWS, _SUM_COLUMNS = 64, 32  # tile of the kernel that adds the programs' parts
+_SUM_ROWS, _SUM_COLUMNS, _SUM_WARPS = 64, 32, 4  # tile of the kernel that adds the programs' parts
 
 
 class _Plan(NamedTuple):
@@ -64,7 +64,7 @@ def _plan(B: int, T: int, H: int, W: int, extra: int, config: Config, device: to
     blocks = -(-H // BR)
     spans = max(1, constants["PER_SM"] * sm_count(device) // (3 * blocks * B))
     span = max(constants["SPAN"], -(-T // spans))
-    span += -(span + extra) % 4  # whole steps
+    span += -(span + extra) % constants["STEP"]  # whole steps
     spans = -(-T // span)
     warps = max(1, min(16, config.num_warps * BR * BW // constants["TILE"]))
     return _Plan(BR, BW, blocks, span, spans, 3 * blocks * spans * B, warps)
@@ -112,7 +112,7 @@ def _forward(x: Inputs, o: Options, active: Tensor | None, update: bool) -> tupl
         args = [x.projected, x.conv_weight.contiguous(), x.q_norm, x.k_norm, x.head_bias.contiguous(), *outputs]
         args += [tail, active, sequence, position, T, plan.span, plan.spans, heads, o.norm_eps, o.l2_eps, s_b, s_t, x.projected.stride(2)]
         args += [unit, o.heads, W, columns - 4 * o.heads, taps, update, o.silu, o.l2, plan.BR, plan.BW, *tile]
-        args += [not interpreted(device), config.constants["AHEAD"]]
+        args += [not interpreted(device), config.constants["AHEAD"], config.constants["STEP"]]
         launch_plain(memory_input_fwd_kernel, device, heads + plan.programs, args, config.launch_options() | {"num_warps": plan.warps})
 
     run(choose("memory_input_fwd", _FWD, gpu_class(device), "rows", None if update else run))
@@ -160,14 +160,14 @@ def launch_backward(gradients: Sequence[Tensor], x: Inputs, o: Options) -> tuple
         for g in gradients:
             args += g.stride()
         args += [s_dx_b, s_dx_t, unit, o.heads, W, columns - 4 * o.heads, taps, o.silu, o.l2, plan.BR, plan.BW]
-        args += [*tile, not interpreted(device), config.constants["AHEAD"]]
+        args += [*tile, not interpreted(device), config.constants["AHEAD"], config.constants["STEP"]]
         options = config.launch_options() | {"num_warps": plan.warps}
         launch_plain(memory_input_bwd_kernel, device, head_programs + plan.programs, args, options)
         widths = taps * channels, columns, 0 if norm_sums is None else 2 * plan.BW
         args = [tap_sums, norm_sums, bias_sums, dtaps, dq_norm, dk_norm, dbias, parts, parts * plan.blocks, head_parts]
         args += [channels, W, columns, taps, plan.BW, _SUM_ROWS, _SUM_COLUMNS]
         programs = sum(-(-n // _SUM_COLUMNS) for n in widths)
-        launch_plain(memory_input_bwd_sums_kernel, device, programs, args, {"num_warps": 4})
+        launch_plain(memory_input_bwd_sums_kernel, device, programs, args, {"num_warps": _SUM_WARPS})
 
     run(choose("memory_input_bwd", _BWD, gpu_class(device), "rows", run))
     return grads

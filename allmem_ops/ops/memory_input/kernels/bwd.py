@@ -161,42 +161,43 @@ def _walk(
     L2: tl.constexpr,
     FAST: tl.constexpr,
     AHEAD: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """p_x, p_do, p_dx: at token 0 of the row."""
     C: tl.constexpr = 3 * H * W
     BW: tl.constexpr = m_x.shape[1]
+    p_now = p_x + tl.cast(first, tl.int64) * s_t
+    p_do += tl.cast(first, tl.int64) * s_do_t
+    if AHEAD:  # before everything else: what they wait for is the memory, and the taps' loads end at a barrier
+        b_next, b_next1, b_next2, b_next3 = load_step(p_now, s_t, first, T, m_x, STEP)
+        b_dnext, b_dnext1, b_dnext2, b_dnext3 = load_step(p_do, s_do_t, first, T, m_x, STEP)
+    position, o_tail = token_place(i_b, first, T, p_tail, p_sequence, p_position, (TAPS - 1) * C)
+    b_x1 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 1, TAPS, C)
+    b_x2 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 2, TAPS, C)
+    b_x3 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 3, TAPS, C)
     b_w, b_w1, b_w2, b_w3 = load_taps(p_taps, o_c, m_x, TAPS)
     b_norm = b_w
     if RMS:
         o_w = tl.arange(0, BW)
         b_norm = tl.load(p_norm + o_w, mask=o_w < W, other=0.0).to(tl.float32)[None, :]
-    position, o_tail = token_place(i_b, first, T, p_tail, p_sequence, p_position, (TAPS - 1) * C)
-    b_x1 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 1, TAPS, C)
-    b_x2 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 2, TAPS, C)
-    b_x3 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 3, TAPS, C)
     b_zero = tl.zeros(m_x.shape, dtype=tl.float32)
     b_dx1, b_dx2, b_dx3 = b_zero, b_zero, b_zero
     b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = b_zero, b_zero, b_zero, b_zero, b_zero
-    # TAPS - 1 tokens past the span add to the gradients of its last inputs.
-    p_x += tl.cast(first, tl.int64) * s_t
-    p_do += tl.cast(first, tl.int64) * s_do_t
     p_dx += tl.cast(first - (TAPS - 1), tl.int64) * s_dx_t
-    if AHEAD:
-        b_next, b_next1, b_next2, b_next3 = load_step(p_x, s_t, first, T, m_x)
-        b_dnext, b_dnext1, b_dnext2, b_dnext3 = load_step(p_do, s_do_t, first, T, m_x)
-    for i_t in tl.range(first, end + (TAPS - 1), 4):
+    # TAPS - 1 tokens past the span add to the gradients of its last inputs.
+    for i_t in tl.range(first, end + (TAPS - 1), STEP):
         if AHEAD:
-            p_x += 4 * s_t
-            p_do += 4 * s_do_t
+            p_now += STEP * s_t
+            p_do += STEP * s_do_t
             b_a, b_b, b_c, b_d = b_next, b_next1, b_next2, b_next3
             b_da, b_db, b_dc, b_dd = b_dnext, b_dnext1, b_dnext2, b_dnext3
-            b_next, b_next1, b_next2, b_next3 = load_step(p_x, s_t, i_t + 4, T, m_x)
-            b_dnext, b_dnext1, b_dnext2, b_dnext3 = load_step(p_do, s_do_t, i_t + 4, T, m_x)
+            b_next, b_next1, b_next2, b_next3 = load_step(p_now, s_t, i_t + STEP, T, m_x, STEP)
+            b_dnext, b_dnext1, b_dnext2, b_dnext3 = load_step(p_do, s_do_t, i_t + STEP, T, m_x, STEP)
         else:
-            b_a, b_b, b_c, b_d = load_step(p_x, s_t, i_t, T, m_x)
-            b_da, b_db, b_dc, b_dd = load_step(p_do, s_do_t, i_t, T, m_x)
-            p_x += 4 * s_t
-            p_do += 4 * s_do_t
+            b_a, b_b, b_c, b_d = load_step(p_now, s_t, i_t, T, m_x, STEP)
+            b_da, b_db, b_dc, b_dd = load_step(p_do, s_do_t, i_t, T, m_x, STEP)
+            p_now += STEP * s_t
+            p_do += STEP * s_do_t
         b_a, b_b, b_c, b_d = b_a.to(tl.float32), b_b.to(tl.float32), b_c.to(tl.float32), b_d.to(tl.float32)
         b_da, b_db, b_dc, b_dd = b_da.to(tl.float32), b_db.to(tl.float32), b_dc.to(tl.float32), b_dd.to(tl.float32)
         # fmt: off
@@ -206,15 +207,18 @@ def _walk(
         b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
             i_b, i_t + 1, b_b, b_a, b_x1, b_x2, b_db, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
             b_norm, p_dx + s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
-        b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
-            i_b, i_t + 2, b_c, b_b, b_a, b_x1, b_dc, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
-            b_norm, p_dx + 2 * s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
-        b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
-            i_b, i_t + 3, b_d, b_c, b_b, b_a, b_dd, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
-            b_norm, p_dx + 3 * s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
+        if STEP == 4:
+            b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
+                i_b, i_t + 2, b_c, b_b, b_a, b_x1, b_dc, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
+                b_norm, p_dx + 2 * s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
+            b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
+                i_b, i_t + 3, b_d, b_c, b_b, b_a, b_dd, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
+                b_norm, p_dx + 3 * s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
+            b_x1, b_x2, b_x3 = b_d, b_c, b_b
+        else:
+            b_x1, b_x2, b_x3 = b_b, b_a, b_x1
         # fmt: on
-        b_x1, b_x2, b_x3 = b_d, b_c, b_b
-        p_dx += 4 * s_dx_t
+        p_dx += STEP * s_dx_t
     tl.store(p_tap_sums + (TAPS - 1) * C, b_dw, mask=m_x)
     if TAPS > 1:
         tl.store(p_tap_sums + (TAPS - 2) * C, b_dw1, mask=m_x)
@@ -296,6 +300,7 @@ def memory_input_bwd_kernel(
     BE: tl.constexpr,
     FAST: tl.constexpr,
     AHEAD: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """The first programs, `head_parts` for each BE columns: the columns after q, k and v. The others: a span of tokens, BR heads.
 
@@ -332,7 +337,7 @@ def memory_input_bwd_kernel(
     if i_kind == 2:
         p_do = p_dv + i_b * s_dv_b + o_h * s_dv_h + o_w * s_dv_w
         _walk(i_b, first, end, T, p_x, p_taps, None, p_do, p_dx, p_tail, p_sequence, p_position, p_tap_sums, p_norm_sums, o_c, m_x,
-              s_t, s_dv_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, True, False, False, FAST, AHEAD)
+              s_t, s_dv_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, True, False, False, FAST, AHEAD, STEP)
     else:
         p_do, p_norm, s_do_t = p_dq + i_b * s_dq_b + o_h * s_dq_h + o_w * s_dq_w, p_q_norm, s_dq_t
         if i_kind == 1:
@@ -340,5 +345,5 @@ def memory_input_bwd_kernel(
             if p_k_norm is not None:
                 p_norm = p_k_norm
         _walk(i_b, first, end, T, p_x, p_taps, p_norm, p_do, p_dx, p_tail, p_sequence, p_position, p_tap_sums, p_norm_sums, o_c, m_x,
-              s_t, s_do_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, SILU, p_q_norm is not None, L2, FAST, AHEAD)
+              s_t, s_do_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, SILU, p_q_norm is not None, L2, FAST, AHEAD, STEP)
     # fmt: on

@@ -90,45 +90,49 @@ def _walk(
     L2: tl.constexpr,
     FAST: tl.constexpr,
     AHEAD: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """p_x, p_out: at token 0 of the row."""
     D: tl.constexpr = H * W
     C: tl.constexpr = 3 * D
+    p_now = p_x + tl.cast(first, tl.int64) * s_t
+    if AHEAD:  # before everything else: what they wait for is the memory, and the taps' loads end at a barrier
+        b_next, b_next1, b_next2, b_next3 = load_step(p_now, s_t, first, end, m_x, STEP)
+    position, o_tail = token_place(i_b, first, end, p_tail, p_sequence, p_position, (TAPS - 1) * C)
+    b_x1 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 1, TAPS, C)
+    b_x2 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 2, TAPS, C)
+    b_x3 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 3, TAPS, C)
     b_w, b_w1, b_w2, b_w3 = load_taps(p_taps, o_c, m_x, TAPS)
     b_norm = b_w
     if RMS:
         o_w = tl.arange(0, m_x.shape[1])
         b_norm = tl.load(p_norm + o_w, mask=o_w < W, other=0.0).to(tl.float32)[None, :]
-    position, o_tail = token_place(i_b, first, end, p_tail, p_sequence, p_position, (TAPS - 1) * C)
-    b_x1 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 1, TAPS, C)
-    b_x2 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 2, TAPS, C)
-    b_x3 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 3, TAPS, C)
     # Pointers move on with the loop: the products of 64 bits for a token's place were a tenth of all instructions.
-    p_x += tl.cast(first, tl.int64) * s_t
     p_out += tl.cast(first, tl.int64) * D
-    if AHEAD:
-        b_next, b_next1, b_next2, b_next3 = load_step(p_x, s_t, first, end, m_x)
-    for i_t in tl.range(first, end, 4):
+    for i_t in tl.range(first, end, STEP):
         if AHEAD:
-            p_x += 4 * s_t
+            p_now += STEP * s_t
             b_a, b_b, b_c, b_d = b_next, b_next1, b_next2, b_next3
-            b_next, b_next1, b_next2, b_next3 = load_step(p_x, s_t, i_t + 4, end, m_x)
+            b_next, b_next1, b_next2, b_next3 = load_step(p_now, s_t, i_t + STEP, end, m_x, STEP)
         else:
-            b_a, b_b, b_c, b_d = load_step(p_x, s_t, i_t, end, m_x)
-            p_x += 4 * s_t
+            b_a, b_b, b_c, b_d = load_step(p_now, s_t, i_t, end, m_x, STEP)
+            p_now += STEP * s_t
         b_a, b_b, b_c, b_d = b_a.to(tl.float32), b_b.to(tl.float32), b_c.to(tl.float32), b_d.to(tl.float32)
         # fmt: off
         _token(i_b, i_t, b_a, b_x1, b_x2, b_x3, b_w, b_w1, b_w2, b_w3, b_norm, p_out, p_tail, p_sequence, p_position, end, m_x,
                rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
         _token(i_b, i_t + 1, b_b, b_a, b_x1, b_x2, b_w, b_w1, b_w2, b_w3, b_norm, p_out + D, p_tail, p_sequence, p_position, end, m_x,
                rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
-        _token(i_b, i_t + 2, b_c, b_b, b_a, b_x1, b_w, b_w1, b_w2, b_w3, b_norm, p_out + 2 * D, p_tail, p_sequence, p_position, end, m_x,
-               rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
-        _token(i_b, i_t + 3, b_d, b_c, b_b, b_a, b_w, b_w1, b_w2, b_w3, b_norm, p_out + 3 * D, p_tail, p_sequence, p_position, end, m_x,
-               rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
+        if STEP == 4:
+            _token(i_b, i_t + 2, b_c, b_b, b_a, b_x1, b_w, b_w1, b_w2, b_w3, b_norm, p_out + 2 * D, p_tail, p_sequence, p_position, end,
+                   m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
+            _token(i_b, i_t + 3, b_d, b_c, b_b, b_a, b_w, b_w1, b_w2, b_w3, b_norm, p_out + 3 * D, p_tail, p_sequence, p_position, end,
+                   m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
+            b_x1, b_x2, b_x3 = b_d, b_c, b_b
+        else:
+            b_x1, b_x2, b_x3 = b_b, b_a, b_x1
         # fmt: on
-        b_x1, b_x2, b_x3 = b_d, b_c, b_b
-        p_out += 4 * D
+        p_out += STEP * D
 
 
 @triton.jit
@@ -191,6 +195,7 @@ def memory_input_fwd_kernel(
     BE: tl.constexpr,
     FAST: tl.constexpr,
     AHEAD: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """The first `head_programs` programs: BT tokens by BE columns of those after q, k and v. The others: a span of tokens, BR heads.
 
@@ -216,7 +221,7 @@ def memory_input_fwd_kernel(
     # fmt: off
     if i_kind == 2:
         _walk(i_b, first, end, p_x, p_taps, None, p_v + o_out, p_tail, p_sequence, p_position, o_c, m_x, s_t, rms_eps, l2_eps,
-              H, W, TAPS, True, False, False, FAST, AHEAD)
+              H, W, TAPS, True, False, False, FAST, AHEAD, STEP)
     else:
         p_out, p_norm = p_q, p_q_norm
         if i_kind == 1:
@@ -224,7 +229,7 @@ def memory_input_fwd_kernel(
             if p_k_norm is not None:
                 p_norm = p_k_norm
         _walk(i_b, first, end, p_x, p_taps, p_norm, p_out + o_out, p_tail, p_sequence, p_position, o_c, m_x, s_t, rms_eps, l2_eps,
-              H, W, TAPS, SILU, p_q_norm is not None, L2, FAST, AHEAD)
+              H, W, TAPS, SILU, p_q_norm is not None, L2, FAST, AHEAD, STEP)
     # fmt: on
     if UPDATE:
         _update_tail(i_b, p_x, p_tail, p_active, T, m_x, s_t, TAPS, 3 * H * W)

@@ -35,14 +35,16 @@ def below(m_x, a, b):
 
 
 @triton.jit
-def load_step(p_x, s_t, i_t, end, m_x):
-    """[BR, BW] each, as stored: the tiles at token i_t, which p_x points to, and the three after it; zeros from `end` on."""
+def load_step(p_x, s_t, i_t, end, m_x, STEP: tl.constexpr):
+    """[BR, BW] each, as stored: the tiles at token i_t, which p_x points to, and the STEP - 1 after it; zeros from `end` on. Always four."""
     p_x1 = p_x + s_t
-    p_x2 = p_x1 + s_t
     b_x = tl.load(p_x, mask=below(m_x, i_t, end), other=0.0)
     b_x1 = tl.load(p_x1, mask=below(m_x, i_t + 1, end), other=0.0)
-    b_x2 = tl.load(p_x2, mask=below(m_x, i_t + 2, end), other=0.0)
-    b_x3 = tl.load(p_x2 + s_t, mask=below(m_x, i_t + 3, end), other=0.0)
+    b_x2, b_x3 = b_x, b_x1
+    if STEP == 4:
+        p_x2 = p_x1 + s_t
+        b_x2 = tl.load(p_x2, mask=below(m_x, i_t + 2, end), other=0.0)
+        b_x3 = tl.load(p_x2 + s_t, mask=below(m_x, i_t + 3, end), other=0.0)
     return b_x, b_x1, b_x2, b_x3
 
 
