@@ -86,11 +86,7 @@ def load_checkpoint(run: Distillation, checkpoint: str | os.PathLike[str]) -> di
         index, recipe, count, extra = (description[name] for name in ("index", "recipe", "parts", "extra"))
     except (OSError, json.JSONDecodeError, KeyError) as error:
         fail("checkpoint", f"must hold an undamaged {DESCRIPTION}", repr(error))
-    saved = Recipe.from_dict(recipe)
-    if saved != run.recipe:
-        now = run.recipe.to_dict()
-        differ = {name: value for name, value in saved.to_dict().items() if now[name] != value}
-        fail("run", f"must have the recipe of the checkpoint ({differ})", {name: now[name] for name in differ})
+    check_recipe(Recipe.from_dict(recipe), run.recipe)
     tensors: dict[str, torch.Tensor] = {}
     try:
         for part in range(count):
@@ -102,6 +98,16 @@ def load_checkpoint(run: Distillation, checkpoint: str | os.PathLike[str]) -> di
     load_memory(run.model, checkpoint)
     run.load_optimizer_state(tensors, index)
     return extra
+
+
+def check_recipe(saved: Recipe, now: Recipe) -> None:
+    """Raises:
+    ValueError: a run would go on with another recipe than it began with; the message holds what differs.
+    """
+    if saved != now:
+        current = now.to_dict()
+        differ = {name: value for name, value in saved.to_dict().items() if current[name] != value}
+        fail("run", f"must have the recipe of the checkpoint ({differ})", {name: current[name] for name in differ})
 
 
 def _split(tensors: dict[str, torch.Tensor], part_bytes: int) -> list[dict[str, torch.Tensor]]:

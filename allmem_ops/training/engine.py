@@ -1,11 +1,14 @@
 """`Distillation`: one run of forward-KL distillation, step by step, in one process or in several through accelerate."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from allmem_ops._validation import fail
 from allmem_ops.hf import full_attention, memory_parameters, reconfigure, trainable_parameters
@@ -232,6 +235,18 @@ class Distillation:
             own = {key: tensors.get(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")} if index else {}
             states[p] = {key: x.to(p.device, torch.float32, copy=True) for key, x in own.items()}
         self.index = index
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Inside, every process holds whole parameters where FSDP2 has split them, to be saved. Called by all processes."""
+        parts = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
+        for part in parts:
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.reshard()
 
     @property
     def sharded(self) -> bool:

@@ -12,11 +12,12 @@ import torch
 
 from allmem_ops._validation import check_int
 from allmem_ops.hf import save_memory
-from allmem_ops.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from allmem_ops.training.checkpoint import check_recipe, latest_checkpoint, load_checkpoint, save_checkpoint
 from allmem_ops.training.engine import Distillation, Launched, Step
+from allmem_ops.training.recipe import Recipe
 from allmem_ops.training.rows import TokenRows
 
-LOG, CHECKPOINTS, MEMORY = "log.jsonl", "checkpoints", "memory"
+LOG, CHECKPOINTS, MEMORY, WHERE = "log.jsonl", "checkpoints", "memory", "where.json"
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,11 @@ class _Place:
 
     def _resume_sharded(self) -> int:
         state = self.output / CHECKPOINTS / "sharded"
-        if not (state / "where.json").is_file():
+        if not (state / WHERE).is_file():
             self._cut_log(0)
             return 0
-        where = json.loads((state / "where.json").read_text())
+        where = json.loads((state / WHERE).read_text())
+        check_recipe(Recipe.from_dict(where["recipe"]), self.run.recipe)
         self.accelerator.load_state(str(state))
         self.run.index = where["index"]
         self._cut_log(self.run.index)
@@ -146,15 +148,17 @@ class _Place:
             state = self.output / CHECKPOINTS / "sharded"
             self.accelerator.save_state(str(state))
             if self.rank == 0:
-                (state / "where.json").write_text(json.dumps({"index": self.run.index, "skipped": skipped}))
+                where = {"index": self.run.index, "skipped": skipped, "recipe": self.run.recipe.to_dict()}
+                (state / WHERE).write_text(json.dumps(where))
         elif self.rank == 0:
             save_checkpoint(self.run, self.output / CHECKPOINTS, extra={"skipped": skipped})
         self._wait()
 
     def save_memory(self) -> None:
         self.run.reset_draw()
-        if self.rank == 0:
-            save_memory(self.run.model, self.output / MEMORY)
+        with self.run.whole_parameters():
+            if self.rank == 0:
+                save_memory(self.run.model, self.output / MEMORY)
         self._wait()
 
     def log(self) -> Any:

@@ -106,18 +106,45 @@ def test_a_memory_goes_on_training(place, tmp_path, whole):
     assert log(tmp_path)[0]["kl"] != whole[0]["kl"]
 
 
+def two_processes(script, options, **environment):
+    """What `script` says in two processes on this machine's CPU."""
+    # accelerate's own launcher starts several CPU processes only through MPI; what torchrun starts, it takes over
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    command = [*launch, str(ROOT / "tests/train" / script), *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
 def test_two_processes_are_one_with_the_doubled_batch(place, whole):
     """Equal parameters in both, and the losses of the one process that read the same rows."""
     output = place / "two"
-    # accelerate's own launcher starts several CPU processes only through MPI; what torchrun starts, it takes over
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(ROOT / "tests/train/two_processes.py"), *arguments(place, output, batch=1)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = two_processes("two_processes.py", arguments(place, output, batch=1))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("equal parameters") == 2
     assert [x["kl"] for x in log(output)] == pytest.approx([x["kl"] for x in whole], rel=1e-5)
     assert [x["window"] for x in log(output)] == [x["window"] for x in whole] and len(log(output)) == 6
+
+
+def test_parameters_sharded_over_two_processes_break_off_and_go_on(place, whole):
+    """FSDP2, by accelerate's own configuration: the same losses across a break, and a whole memory at the end."""
+    output = place / "sharded"
+    options = arguments(place, output, "--save-every", 2, batch=1)
+    environment = {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    }  # fmt: skip
+    assert two_processes("sharded.py", options, **environment, BREAK_AT="5").returncode != 0
+    assert [x["index"] for x in log(output)] == [0, 1, 2, 3] and not (output / "memory").exists()
+    done = two_processes("sharded.py", options, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("sharded") >= 2
+    assert [x["kl"] for x in log(output)] == pytest.approx([x["kl"] for x in whole], rel=1e-5)
+    trained, same = (
+        load_memory(load_causal_lm(place / "model", dtype=torch.float32), place / name / "memory") for name in ("sharded", "whole")
+    )
+    for p, q in zip(memory_parameters(trained).values(), memory_parameters(same).values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
