@@ -40,7 +40,7 @@ def swa() -> None:
 def ttt_mlp() -> None:
     from allmem_ops.ops.ttt_mlp.launch import ttt_mlp_triton_forward
     from allmem_ops.ops.ttt_mlp.launch_bwd import ttt_mlp_triton_backward
-    from allmem_ops.ops.ttt_mlp.launch_step import ttt_mlp_step
+    from allmem_ops.ops.ttt_mlp.launch_step import ttt_mlp_folded, ttt_mlp_step
     from allmem_ops.ops.ttt_mlp.reference import Options
 
     for dtype, H, d, h, packed, norm, clip in (
@@ -68,6 +68,7 @@ def ttt_mlp() -> None:
             one = empty(N, tokens, H, d, dtype=dtype)
             active = empty(N, dtype=torch.bool) if packed else None
             ttt_mlp_step(one, one, one, empty(N, tokens, H, 3), empty(N, tokens, H), state, norms, active, options)
+        ttt_mlp_folded(state[:3], norms, state[6:9], tails, norm, 1e-5)
 
 
 def gated_fusion() -> None:

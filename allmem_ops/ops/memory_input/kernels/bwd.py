@@ -210,10 +210,12 @@ def _walk(
         if STEP == 4:
             b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
                 i_b, i_t + 2, b_c, b_b, b_a, b_x1, b_dc, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
-                b_norm, p_dx + 2 * s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
+                b_norm, p_dx + 2 * s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS,
+                L2, FAST)
             b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
                 i_b, i_t + 3, b_d, b_c, b_b, b_a, b_dd, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
-                b_norm, p_dx + 3 * s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
+                b_norm, p_dx + 3 * s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS,
+                L2, FAST)
             b_x1, b_x2, b_x3 = b_d, b_c, b_b
         else:
             b_x1, b_x2, b_x3 = b_b, b_a, b_x1

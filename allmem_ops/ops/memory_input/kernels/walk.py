@@ -36,7 +36,7 @@ def below(m_x, a, b):
 
 @triton.jit
 def load_step(p_x, s_t, i_t, end, m_x, STEP: tl.constexpr):
-    """[BR, BW] each, as stored: the tiles at token i_t, which p_x points to, and the STEP - 1 after it; zeros from `end` on. Always four."""
+    """[BR, BW] each, as stored: the tiles at token i_t, where p_x points, and the STEP - 1 after it; zeros from `end` on. Always four."""
     p_x1 = p_x + s_t
     b_x = tl.load(p_x, mask=below(m_x, i_t, end), other=0.0)
     b_x1 = tl.load(p_x1, mask=below(m_x, i_t + 1, end), other=0.0)
