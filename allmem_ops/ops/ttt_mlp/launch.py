@@ -29,7 +29,7 @@ INTERPRET = settings().interpret
 # Values of mu that are added at once.
 BM = 64 if INTERPRET else 1024
 # Tiles of the next chunk that a program of the persistent chain asks for before its barriers.
-AHEAD = 2
+AHEAD = 0
 NO_STATE = ((None,) * 3, (None,) * 3, (None,) * 3, None, None)
 
 

@@ -55,19 +55,18 @@ def ttt_mlp_bwd_chain_kernel(
             i_r = (slot + i_c) * H + i_h
             start, stop = chunk_span(i_c, length, held, chunk_size)
             if i_c > 0:
+                # What comes next is brought from memory meanwhile; asked for after the loop, the barrier would wait for it.
                 prefetch_slot(x, dread, gate_up, i_r - H, i_s, i_k, D, HID, BH, BD // SP, FAST)
+                n_start, n_stop = chunk_span(i_c - 1, length, held, chunk_size)
+                j_b, j_h, t = tl.cast(i_b, tl.int64), tl.cast(i_h, tl.int64), tl.cast(begin + n_start, tl.int64)
+                prefetch(k + j_b * sk_b + j_h * sk_h + t * sk_t, sk_t, i_k * BT, n_stop - n_start, D, BT, FAST)
+                prefetch(v + j_b * sv_b + j_h * sv_h + t * sv_t, sv_t, i_k * BT, n_stop - n_start, D, BT, FAST)
             tokens_step(
                 k, v, eta, dx, dread, x, gate_up, d_gate_up, down, slabs_gate_up, slabs_down, rows_hidden, rows_down,
                 i_x, i_s, i_k, i_r, i_h, i_b, begin + start, tl.where(i_step > 0, stop - start, 0), (i_step > 0) | END,
                 sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e,
                 D, HID, BD, BH, SP, BT, NORM, AHEAD, PREC, FAST,
             )  # fmt: skip
-            if i_c > 0:
-                # the first tile of the next chunk comes from memory while the programs wait for each other
-                start, stop = chunk_span(i_c - 1, length, held, chunk_size)
-                j_b, j_h, t = tl.cast(i_b, tl.int64), tl.cast(i_h, tl.int64), tl.cast(begin + start, tl.int64)
-                prefetch(k + j_b * sk_b + j_h * sk_h + t * sk_t, sk_t, i_k * BT, stop - start, D, BT, FAST)
-                prefetch(v + j_b * sv_b + j_h * sv_h + t * sv_t, sv_t, i_k * BT, stop - start, D, BT, FAST)
             target += PARTS
             barrier(counter, target)
             carry_step(

@@ -28,7 +28,7 @@ from allmem_ops.ops.ttt_mlp.kernels.common import (
     store_public,
     store_three,
 )
-from allmem_ops.ops.ttt_mlp.kernels.pairs import operand
+from allmem_ops.ops.ttt_mlp.kernels.pairs import operand, pair, part
 
 # ---- one chunk
 
@@ -47,9 +47,19 @@ def descent(
     HS: tl.constexpr = b_gate.shape[1]
     dtype = b_gate.dtype
     o_d = tl.arange(0, BD)
-    d_gate = tl.zeros([BD, HS], dtype=tl.float32)
-    d_up = tl.zeros([BD, HS], dtype=tl.float32)
+    # With gate and up as a pair, two products a side instead of three: a tile mostly consists of waiting for them. At d = 128 the pair's
+    # operand and three stages of tiles are more than shared memory holds; float32 has no tensor cores to wait for.
+    PAIRED: tl.constexpr = (BD <= 64) and (dtype != tl.float32)
+    # factors that carry a rate leave the range of float16; tf32 has float16's mantissa and float32's range
+    wide: tl.constexpr = tl.float32 if dtype == tl.float16 else dtype
+    WIDE_PREC: tl.constexpr = "tf32" if dtype == tl.float16 else PREC
     d_down = tl.zeros([BD, HS], dtype=tl.float32)
+    if PAIRED:
+        b_gu = operand(pair(b_gate, b_up), dtype, PREC)
+        d_gate_up = tl.zeros([BD, 2 * HS], dtype=tl.float32)
+    else:
+        d_gate = tl.zeros([BD, HS], dtype=tl.float32)
+        d_up = tl.zeros([BD, HS], dtype=tl.float32)
     for i_t in tl.range(i_k, tl.cdiv(stop - start, BT), SP):
         t = start + i_t * BT
         o_t = tl.arange(0, BT)
@@ -63,29 +73,29 @@ def descent(
         e_gate = tl.load(p_e, mask=m_t, other=0.0)[:, None]
         e_up = tl.load(p_e + se_e, mask=m_t, other=0.0)[:, None]
         e_down = tl.load(p_e + 2 * se_e, mask=m_t, other=0.0)[:, None]
-        # [BT, BD] @ [BD, HS] -> [BT, HS]
-        b_a = tl.dot(b_k, b_gate, input_precision=PREC)
-        b_b = tl.dot(b_k, b_up, input_precision=PREC)
+        # [BT, BD] @ [BD, HS] -> [BT, HS], of a pair [BD, 2HS] -> [BT, 2HS]
+        if PAIRED:
+            b_a, b_b = part(tl.dot(b_k, b_gu, input_precision=PREC))
+        else:
+            b_a = tl.dot(b_k, b_gate, input_precision=PREC)
+            b_b = tl.dot(b_k, b_up, input_precision=PREC)
         b_p = tl.dot(b_v, b_down, input_precision=PREC)
         b_s = sigmoid(b_a, FAST)
         b_silu = b_a * b_s
         b_slope = b_s + b_silu * (1.0 - b_s)
         y_gate = b_p * b_b * b_slope * e_gate
         y_up = b_p * b_silu * e_up
-        y_down = b_silu * b_b * e_down
-        # [BD, BT] @ [BT, HS] -> [BD, HS]
-        if dtype == tl.float16:
-            # factors that carry a rate leave the range of float16; tf32 has float16's mantissa and float32's range
-            b_kt = tl.trans(tl.cast(b_k, tl.float32))
-            b_vt = tl.trans(tl.cast(b_v, tl.float32))
-            d_gate = tl.dot(b_kt, operand(y_gate, tl.float32, "tf32"), d_gate, input_precision="tf32")
-            d_up = tl.dot(b_kt, operand(y_up, tl.float32, "tf32"), d_up, input_precision="tf32")
-            d_down = tl.dot(b_vt, operand(y_down, tl.float32, "tf32"), d_down, input_precision="tf32")
+        y_down = operand(b_silu * b_b * e_down, wide, WIDE_PREC)
+        # [BD, BT] @ [BT, HS] -> [BD, HS], of a pair [BT, 2HS] -> [BD, 2HS]
+        b_kt = tl.trans(tl.cast(b_k, wide))
+        d_down = tl.dot(tl.trans(tl.cast(b_v, wide)), y_down, d_down, input_precision=WIDE_PREC)
+        if PAIRED:
+            d_gate_up = tl.dot(b_kt, operand(pair(y_gate, y_up), wide, WIDE_PREC), d_gate_up, input_precision=WIDE_PREC)
         else:
-            b_kt = tl.trans(b_k)
-            d_gate = tl.dot(b_kt, tl.cast(y_gate, dtype), d_gate, input_precision=PREC)
-            d_up = tl.dot(b_kt, tl.cast(y_up, dtype), d_up, input_precision=PREC)
-            d_down = tl.dot(tl.trans(b_v), tl.cast(y_down, dtype), d_down, input_precision=PREC)
+            d_gate = tl.dot(b_kt, operand(y_gate, wide, WIDE_PREC), d_gate, input_precision=WIDE_PREC)
+            d_up = tl.dot(b_kt, operand(y_up, wide, WIDE_PREC), d_up, input_precision=WIDE_PREC)
+    if PAIRED:
+        d_gate, d_up = part(d_gate_up)
     return d_gate, d_up, d_down
 
 

@@ -156,12 +156,26 @@ def row_scale(n, size, eps, FAST: tl.constexpr = False):
 
 
 @triton.jit
+def sum_parts(p, stride, m_d, PARTS: tl.constexpr):
+    """The sum of PARTS vectors at `p`, `stride` apart, in a fixed order; `.cg` as in `load_three`.
+
+    As one tile where its shape allows: one or two loads a thread, where a load for each part needs a register for each.
+    """
+    if PARTS & (PARTS - 1) == 0:
+        at = p[None, :] + tl.arange(0, PARTS)[:, None] * stride
+        return tl.sum(tl.load(at, mask=m_d[None, :], other=0.0, cache_modifier=".cg"), 0)
+    else:
+        b_sum = tl.zeros([m_d.shape[0]], dtype=tl.float32)
+        for i_p in tl.static_range(PARTS):
+            b_sum += tl.load(p + i_p * stride, mask=m_d, other=0.0, cache_modifier=".cg")
+        return b_sum
+
+
+@triton.jit
 def row_sizes(p, i_x, o_d, D: tl.constexpr, PARTS: tl.constexpr, FAST: tl.constexpr = False):
     """Norms of the rows of Wdown [BD] from the parts' sums of squares [..., PARTS, d], added in their order."""
-    b_sum = tl.zeros([o_d.shape[0]], dtype=tl.float32)
     at = p + tl.cast(i_x, tl.int64) * (PARTS * D) + o_d
-    for i_p in tl.static_range(PARTS):
-        b_sum += tl.load(at + i_p * D, mask=o_d < D, other=0.0, cache_modifier=".cg")
+    b_sum = sum_parts(at, D, o_d < D, PARTS)
     return root(b_sum, FAST)
 
 

@@ -120,6 +120,11 @@ def ttt_mlp_fwd_chain_kernel(
                 p_gate, p_up, p_down = point(
                     p_gate, p_up, p_down, n_gate_s, n_up_s, n_down, size_gate_s, size_up_s, size_down, i_c, eps, NORM, FAST
                 )  # fmt: skip
+            # The first tiles of the next chunk come from memory meanwhile; asked for later, the barrier would wait for them.
+            start, stop = chunk_span(i_c + 1, length, held, chunk_size)
+            for i_t in tl.static_range(AHEAD):
+                prefetch(p_k + tl.cast(start, tl.int64) * sk_t, sk_t, (i_k + i_t * SP) * BT, stop - start, D, BT, FAST)
+                prefetch(p_v + tl.cast(start, tl.int64) * sv_t, sv_t, (i_k + i_t * SP) * BT, stop - start, D, BT, FAST)
             start, stop = chunk_span(i_c, length, held, chunk_size)
             d_gate, d_up, d_down = descent(
                 p_k, p_v, p_eta, sk_t, sk_d, sv_t, sv_d, se_t, se_e,
@@ -138,11 +143,6 @@ def ttt_mlp_fwd_chain_kernel(
                 # after the loop: a branch before it would wait for the loads above
                 if i_p == 0:
                     tl.store(size + tl.cast(i_r, tl.int64) * (2 * HID + D) + 2 * HID + o_d, size_down, mask=o_d < D)
-            # the first tiles of the next chunk come from memory while the programs wait for each other
-            start, stop = chunk_span(i_c + 1, length, held, chunk_size)
-            for i_t in tl.static_range(AHEAD):
-                prefetch(p_k + tl.cast(start, tl.int64) * sk_t, sk_t, (i_k + i_t * SP) * BT, stop - start, D, BT, FAST)
-                prefetch(p_v + tl.cast(start, tl.int64) * sv_t, sv_t, (i_k + i_t * SP) * BT, stop - start, D, BT, FAST)
             if SP > 1:
                 target += PARTS
                 barrier(counter, target)
