@@ -3,11 +3,13 @@
 A step at batch 1 reads every weight and the whole state once and computes next to nothing, so what counts is the number of kernels and the
 bytes. In a layer everything that is linear in the normed input (queries, keys, values, and the memory's whole projection) is one product,
 gate and up projections are another, and the outputs of attention, memory and MLP are added to the residual stream by the products that
-make them. The elementwise work between them is compiled by torch where there is a GPU.
+make them. At small batches on a GPU the products are kernels of our own, which take norms and activation in (`kernels/linear.py`), and the
+memory runs beside attention on a stream of its own; at larger ones they are the library's, and torch compiles what stands between them.
 """
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +20,13 @@ from torch.nn import functional as F
 from allmem_ops.hf import AllMemCache
 from allmem_ops.hf.runtime import Runtime, runtime_of
 from allmem_ops.layers.memory import MemoryBranch
+from allmem_ops.ops.precision import accumulator_dtype
 from allmem_ops.ops.swa.api import swa_step
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm as the model families round it: in float32, then to `x`'s dtype, then times the weight."""
-    y = x.float()
+    y = x.to(accumulator_dtype(x.dtype))
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
     return weight * y.to(x.dtype)
 
@@ -56,6 +59,9 @@ def gated(y: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """activation(gate) * up for [B, gate and up]."""
     gate, up = y.chunk(2, -1)
     return activation(gate) * up
+
+
+_SILU = ("SiLU", "SiLUActivation")
 
 
 @functools.cache
@@ -111,6 +117,8 @@ class PackedStep:
 
     def __init__(self, model: nn.Module, *, memory: bool = True) -> None:
         self.model, self.memory = model, memory
+        cuda = memory and model.get_input_embeddings().weight.device.type == "cuda"
+        self._side = torch.cuda.Stream(model.get_input_embeddings().weight.device) if cuda else None
         self.refresh()
 
     @torch.no_grad()
@@ -145,7 +153,6 @@ class PackedStep:
         """Take `token` [B, 1] into `cache` in the rows of `active` [B]; the logits [B, V]."""
         runtime = runtime_of(self.model)
         decoder = runtime.decoder(self.model)
-        norm = _on(token.device, rms_norm)
         x = decoder.get_input_embeddings()(token[:, 0])
         rotary = getattr(decoder, runtime.family.rotary)
         # The first layer's window moves its positions on: the rotations are made before.
@@ -154,36 +161,55 @@ class PackedStep:
         clamped = None
         if self._clamps_sinks(runtime):
             clamped = rotary(x[:, None], position.clamp(max=runtime.trained_length - 1))
+        parts = self._parts(x)
         for layer, state in zip(self.layers, cache.layers, strict=True):
-            self._add_mixed(x, layer, state, at, clamped, active, runtime)
-            after, mlp = layer.module.post_attention_layernorm, layer.module.mlp
-            y = F.linear(norm(x, after.weight, after.variance_epsilon), *layer.gate_up)
-            _add_product(x, _on(x.device, gated)(y, mlp.act_fn), mlp.down_proj.weight, mlp.down_proj.bias)
-        return F.linear(norm(x, decoder.norm.weight, decoder.norm.variance_epsilon), self.model.get_output_embeddings().weight)
+            self._add_mixed(x, layer, state, at, clamped, active, runtime, parts)
+            mlp = layer.module.mlp
+            y = parts.normed_product(x, layer.module.post_attention_layernorm, *layer.gate_up)
+            parts.add_gated_product(x, y, mlp.act_fn, mlp.down_proj)
+        norm = decoder.norm
+        return F.linear(_on(x.device, rms_norm)(x, norm.weight, norm.variance_epsilon), self.model.get_output_embeddings().weight)
+
+    def _parts(self, x: Tensor) -> "_Plain | _Kernels":
+        """Our kernels where they are made for it, else the library's products."""
+        first = self.layers[0].module.mlp
+        ours = x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and type(first.act_fn).__name__ in _SILU
+        widest = max(first.down_proj.weight.shape[1], self.layers[0].attention.o_proj.weight.shape[1], x.shape[1])
+        return _Kernels() if ours and _Kernels.cover(x.shape[0], widest) else _Plain()
 
     def _clamps_sinks(self, runtime: Runtime) -> bool:
         return runtime.config.sinks > 0 and runtime.config.sink_positions == "clamped"
 
     def _add_mixed(
         self, x: Tensor, layer: _Layer, state: Any, at: tuple[Tensor, Tensor], clamped: tuple[Tensor, Tensor] | None, active: Tensor,
-        runtime: Runtime,
+        runtime: Runtime, parts: "_Plain | _Kernels",
     ) -> None:  # fmt: skip
         """Attention and memory of one layer, added to the residual stream `x` [B, d_model] in place."""
-        attention, before = layer.attention, layer.module.input_layernorm
+        attention = layer.attention
         D = attention.head_dim
         heads = attention.q_proj.weight.shape[0] // D, attention.k_proj.weight.shape[0] // D
-        y = F.linear(_on(x.device, rms_norm)(x, before.weight, before.variance_epsilon), *layer.inputs)
+        y = parts.normed_product(x, layer.module.input_layernorm, *layer.inputs)
+        first, last = sum(heads) * D, (sum(heads) + heads[1]) * D
+        readout = None
+        with self._beside(x.device):
+            if layer.branch is not None and runtime.memory:
+                readout = layer.branch.step_readout(y[:, None, last:], state.memory, active)[:, 0]
         norms = None
         if hasattr(attention, "q_norm"):
             norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
-        q, k, q_sinks = _on(x.device, rotated_heads)(y, norms, heads, D, at, clamped)
-        first, last = sum(heads) * D, (sum(heads) + heads[1]) * D
+        q, k, q_sinks = parts.rotated_heads(y, norms, heads, D, at, clamped)
         v = y[:, None, first:last].unflatten(-1, (heads[1], D))
         o = self._attend(q, k, v, q_sinks, state.window, active, attention.scaling, runtime)
-        _add_product(x, o.flatten(1), attention.o_proj.weight, attention.o_proj.bias)
-        if layer.branch is not None and runtime.memory:
-            readout = layer.branch.step_readout(y[:, None, last:], state.memory, active)
-            _add_product(x, readout[:, 0], layer.memory_out, None)
+        if self._side is not None:
+            torch.cuda.current_stream(x.device).wait_stream(self._side)
+        parts.add_products(x, o.flatten(1), attention.o_proj, None if readout is None else (readout, layer.memory_out))
+
+    def _beside(self, device: torch.device) -> AbstractContextManager:
+        """Work that starts here and runs beside what follows, up to the wait for `_side`: the memory beside attention."""
+        if self._side is None:
+            return nullcontext()
+        self._side.wait_stream(torch.cuda.current_stream(device))
+        return torch.cuda.stream(self._side)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, q_sinks: Tensor | None, window: Any, active: Tensor, scale: float, runtime: Runtime
@@ -192,11 +218,52 @@ class PackedStep:
         return swa_step(q, k, v, window, scale=scale, q_sinks=q_sinks, active=active, impl=runtime.config.impl)
 
 
-def _add_product(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """x += y @ weight.T + bias, in the product's epilogue."""
-    if bias is not None:
-        x += bias
-    x.addmm_(y, weight.T)
+class _Plain:
+    """The products of a layer by the library, the rest compiled where there is a GPU."""
+
+    def normed_product(self, x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(_on(x.device, rms_norm)(x, norm.weight, norm.variance_epsilon), weight, bias)
+
+    def rotated_heads(self, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        return _on(y.device, rotated_heads)(y, *args)
+
+    def add_gated_product(self, x: Tensor, y: Tensor, activation: Callable[[Tensor], Tensor], down: nn.Linear) -> None:
+        self.add_products(x, _on(x.device, gated)(y, activation), down, None)
+
+    def add_products(self, x: Tensor, y: Tensor, layer: nn.Linear, also: tuple[Tensor, Tensor] | None) -> None:
+        """x += layer(y) + also[0] @ also[1].T, in the products' epilogues."""
+        if layer.bias is not None:
+            x += layer.bias
+        x.addmm_(y, layer.weight.T)
+        if also is not None:
+            x.addmm_(also[0], also[1].T)
+
+
+class _Kernels:
+    """The same by `launch`: a product with all that stands around it is one kernel."""
+
+    def __init__(self) -> None:
+        from allmem_ops.inference import launch  # noqa: PLC0415 - it imports triton
+
+        self.launch = launch
+
+    @staticmethod
+    def cover(batch: int, widest: int) -> bool:
+        from allmem_ops.inference import launch  # noqa: PLC0415 - it imports triton
+
+        return batch <= launch.MAX_BATCH and widest <= launch.MAX_INPUT
+
+    def normed_product(self, x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.launch.linear(x, weight, bias, norm=(norm.weight, norm.variance_epsilon))
+
+    def rotated_heads(self, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.launch.heads(*args)
+
+    def add_gated_product(self, x: Tensor, y: Tensor, activation: Callable[[Tensor], Tensor], down: nn.Linear) -> None:  # noqa: ARG002
+        self.launch.linear(y, down.weight, down.bias, gated=True, into=x)
+
+    def add_products(self, x: Tensor, y: Tensor, layer: nn.Linear, also: tuple[Tensor, Tensor] | None) -> None:
+        self.launch.linear(y, layer.weight, layer.bias, also=also, into=x, early=also is None)  # with the memory it waits for two streams
 
 
 def fits(model: nn.Module) -> bool:
