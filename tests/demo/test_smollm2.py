@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 import tokenizers
+import torch
 import transformers
 
 from allmem_ops.demo import smollm2
