@@ -13,7 +13,7 @@ def ttt_mlp_fold_kernel(
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, BT: tl.constexpr, TAIL: tl.constexpr,
     NORM: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """f = G plus the gradient of the tail's tokens, HS hidden units a program; a copy of G where the tail is empty. Grid (N * H * slices,)."""
+    """f = G plus the gradient of the tail's tokens, HS hidden units a program; a copy of G if there is none. Grid (N * H * slices,)."""
     SLICES: tl.constexpr = (HID + HS - 1) // HS
     i_x, i_s = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES
     o_d, o_h = tl.arange(0, BD), i_s * HS + tl.arange(0, HS)
