@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument("--window", type=int, nargs="+", default=[512], help="default: 512; with several, one evaluation each")
     how.add_argument("--chunk", type=int, nargs="+", default=[256], help="one for each window (default: 256)")
     how.add_argument("--sinks", type=int, default=64)
-    how.add_argument("--ntk-factor", type=float, default=1.0, help="dynamic NTK's factor (default: 1)")
+    how.add_argument("--ntk-factor", type=float, default=2.0, help="dynamic NTK's factor (default: 2)")
     how.add_argument("--segment", type=int, default=8192, help="tokens that a constant cache reads at a time (default: 8192)")
     how.add_argument("--tokens-per-pass", type=int, default=32768, help="rows are read together up to so many tokens (default: 32768)")
     how.add_argument("--needle-lengths", type=int, nargs="+", default=[4096, 8192, 16384])

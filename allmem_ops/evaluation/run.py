@@ -208,7 +208,8 @@ def _long(c: _Context) -> dict[str, Any]:
         return {}
     rows = c.texts.long.to(c.device)
     length = rows.shape[1]
-    ends = tuple(b for _, b in buckets(c.plan.window, length) if b > runtime_of(c.model).trained_length)
+    trained = runtime_of(c.model).trained_length
+    ends = (trained, *(b for _, b in buckets(c.plan.window, length) if b > trained))
     by_arm = {}
     for arm in c.arms_for(length):
         with c.progress(f"{arm.label}, {length} tokens", rows.numel()) as advance:
