@@ -14,7 +14,10 @@ from torch import Tensor
 _compiled: dict[Hashable, tuple[Any, Any]] = {}
 
 
-def launch(kernel: Any, key: Hashable, device: torch.device, programs: int, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+Grid = int | tuple[int, int, int]
+
+
+def launch(kernel: Any, key: Hashable, device: torch.device, programs: Grid, args: Sequence[Any], options: Mapping[str, Any]) -> None:
     """Run `kernel` with `programs` programs on `device`.
 
     Args:
@@ -22,10 +25,11 @@ def launch(kernel: Any, key: Hashable, device: torch.device, programs: int, args
         key: everything that Triton compiles a kernel anew for: dtypes, constexpr arguments, which arguments are None, and for those
             that it may specialise whether they are 1 or divisible by 16 (`pointer_class`, `stride_class`).
         args: every argument of the kernel in order, constexpr ones too.
-        options: `num_warps`, `num_stages`, `maxnreg`.
+        options: `num_warps`, `num_stages`, `maxnreg`, `launch_pdl`.
     """
+    grid = programs if isinstance(programs, tuple) else (programs, 1, 1)
     if device.type != "cuda":  # the interpreter, or a compilation for a GPU that is not there
-        kernel[(programs,)](*args, **options)
+        kernel[grid](*args, **options)
         return
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -34,13 +38,13 @@ def launch(kernel: Any, key: Hashable, device: torch.device, programs: int, args
     full = id(kernel), device.index, key
     found = _compiled.get(full)
     if found is None:
-        _compiled[full] = kernel[(programs,)](*args, **options), kernel  # the kernel is held, so that its id stays its own
+        _compiled[full] = kernel[grid](*args, **options), kernel  # the kernel is held, so that its id stays its own
     else:
         # For a tensor the driver is asked whose memory it is, which the first launch has shown; its address is taken as it is.
-        found[0][programs, 1, 1](*[x.data_ptr() if isinstance(x, Tensor) else x for x in args])
+        found[0][grid](*[x.data_ptr() if isinstance(x, Tensor) else x for x in args])
 
 
-def launch_plain(kernel: Any, device: torch.device, programs: int, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+def launch_plain(kernel: Any, device: torch.device, programs: Grid, args: Sequence[Any], options: Mapping[str, Any]) -> None:
     """`launch` for a kernel of plain pointers and numbers, whose key the arguments themselves give."""
     key = tuple(map(_argument_class, kernel.params, args)) + tuple(options.values()) if device.type == "cuda" else None
     launch(kernel, key, device, programs, args, options)

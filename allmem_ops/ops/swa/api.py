@@ -17,7 +17,7 @@ from allmem_ops._validation import (
 )
 from allmem_ops.ops.swa.cache import WindowCache
 from allmem_ops.ops.swa.reference import swa_reference, swa_step_reference
-from allmem_ops.ops.swa.registration import MAX_HEAD_DIM, run_triton, swa_chunk, swa_step_chunk, swa_step_triton
+from allmem_ops.ops.swa.registration import MAX_HEAD_DIM, run_step, run_triton, swa_chunk, swa_step_chunk
 
 
 def swa(
@@ -168,7 +168,7 @@ def swa_step(
     impl = _resolve("swa_step", impl, q)
     scale = _scale(scale, q)  # the last check: a refused call leaves the cache as it was
     if impl == "triton":
-        return swa_step_triton(q, k, v, q_sinks, active, cache.sink_k, cache.sink_v, cache.ring_k, cache.ring_v, cache.positions, scale)
+        return run_step(q, k, v, q_sinks, active, cache.sink_k, cache.sink_v, cache.ring_k, cache.ring_v, cache.positions, scale)
     position = cache.positions.clone()  # `write` moves the cache's own on
     cache.write(k, v, active)
     run = swa_step_reference if impl == "reference" else swa_step_chunk

@@ -8,6 +8,7 @@ from torch import Tensor
 from allmem_ops._validation import fail
 from allmem_ops.ops.kernels.configs import Config, Table, candidates
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
+from allmem_ops.ops.kernels.launcher import launch_plain
 from allmem_ops.ops.swa.kernels.step import swa_step_merge_kernel, swa_step_split_kernel
 
 # (padded head dim, bytes an element): BN slots a block, 8 KB of keys. Small programs: at D = 128 bf16 two warps with three
@@ -67,13 +68,10 @@ def swa_step(
     sizes = stride_a, window, sinks, splits, scale * math.log2(math.e)
     # Launched early, the first kernel finds the SMs unevenly free: with one range a head that costs 3 to 10 % (H100, batch 32: 191
     # against 196 to 212 us), with several it saves a launch (0.4 of 11 us).
-    swa_step_split_kernel[HK, splits, B](
-        q, q_sinks, *buffers, *stride_q, *stride_f, *sizes,
-        G=G, D=D, BG=max(16, 1 << (G - 1).bit_length()), BD=BD, PDL=pdl, **config.options(), **(early if splits > 1 else {}),
-    )  # fmt: skip
-    BC = min(BD, 64)
-    swa_step_merge_kernel[-(-D // BC), HQ, B](
-        q, k, v, *buffers, o, *stride_q, *stride_k, *stride_v, *sizes,
-        G=G, D=D, BD=BD, BS=32, BC=BC, PDL=pdl, num_warps=4, **early,
-    )  # fmt: skip
+    BG, BC = max(16, 1 << (G - 1).bit_length()), min(BD, 64)
+    args = (q, q_sinks, *buffers, *stride_q, *stride_f, *sizes, G, D, BG, BD, config.constants["BN"], pdl)
+    options = config.launch_options()
+    launch_plain(swa_step_split_kernel, q.device, (HK, splits, B), args, options | early if splits > 1 else options)
+    args = (q, k, v, *buffers, o, *stride_q, *stride_k, *stride_v, *sizes, G, D, BD, 32, BC, pdl)
+    launch_plain(swa_step_merge_kernel, q.device, (-(-D // BC), HQ, B), args, {"num_warps": 4} | early)
     return o

@@ -187,3 +187,31 @@ def test_nothing_waits_for_the_device(device):
         gradients(call(x, 128, 20, cu_seqlens), x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.parametrize("sinks", [0, 100])
+@pytest.mark.parametrize("D", [64, 96, 128])
+def test_peak_memory_is_bounded(D, sinks, device):
+    """Above the inputs: outputs, gradients, lse, delta, and one copy of dq in float32. Far sinks have a workspace that T does not change."""
+    T, HQ, HK = 8192, 8, 4
+    x = make(T, device, HQ=HQ, HK=HK, D=D, dtype=torch.bfloat16)
+    do = torch.randn_like(x["q"])
+
+    def both():
+        return torch.autograd.grad(swa(**x, window=1024, sinks=sinks, impl="triton"), list(x.values()), do)
+
+    both()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    torch.cuda.synchronize()
+    rows = T * HQ
+    output = gradient = rows * D * 2
+    keys = 2 * T * HK * D * 2
+    # lse as it is returned, as the backward kernels read it, its gradient's zeros, and delta.
+    allowed = output + gradient + keys + rows * D * 4 + 4 * (rows * 4)
+    if sinks:
+        allowed += 2 * torch.cuda.get_device_properties(device).multi_processor_count * 2 * 128 * D * 4
+    assert torch.cuda.max_memory_allocated() - before <= allowed + 2**20
