@@ -193,7 +193,7 @@ def test_nothing_waits_for_the_device(device):
 @pytest.mark.parametrize("sinks", [0, 100])
 @pytest.mark.parametrize("D", [64, 96, 128])
 def test_peak_memory_is_bounded(D, sinks, device):
-    """Above the inputs: outputs, gradients, lse, delta, and one copy of dq in float32. Far sinks have a workspace that T does not change."""
+    """Above the inputs: outputs, gradients, lse, delta, and one copy of dq in float32. Far sinks: a workspace that T does not change."""
     T, HQ, HK = 8192, 8, 4
     x = make(T, device, HQ=HQ, HK=HK, D=D, dtype=torch.bfloat16)
     do = torch.randn_like(x["q"])
