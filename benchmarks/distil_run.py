@@ -36,7 +36,7 @@ from allmem_ops.evaluation.arms import ALLMEM, FULL, NO_WRITES, WINDOW
 from allmem_ops.evaluation.linear import use_linear_memory
 from allmem_ops.evaluation.scoring import evaluate, teacher_hidden
 from allmem_ops.hf import convert, memory_mode, memory_parameters, reconfigure
-from allmem_ops.training import Distillation, Recipe, Step, TokenRows, train
+from allmem_ops.training import Distillation, Recipe, Step, TokenRows, compile_blocks, plain_blocks, train
 from benchmarks.measure import environment
 from benchmarks.training_speed import load_smollm2
 
@@ -68,6 +68,7 @@ def arguments() -> argparse.Namespace:
     recipe.add_argument("--chunk", type=int, nargs=2, default=(256, 2048))
     recipe.add_argument("--sinks", type=int, nargs=2, default=(0, 128))
     recipe.add_argument("--save-every", type=int, default=0, help="steps; 0: at the end of a call")
+    recipe.add_argument("--compile", action=switch, default=False, help="norms and MLPs by torch.compile")
     arm = parser.add_argument_group("arm")
     arm.add_argument("--writes", action=switch, default=True)
     arm.add_argument("--norm", choices=("pre_write", "post_write", "none"), default="pre_write")
@@ -153,6 +154,8 @@ def main() -> None:
     )
     output = options.output / f"{options.name}-seed{options.seed}"
     model = build(options)
+    if options.compile:
+        compile_blocks(model)
     run = Distillation(model, recipe)
     cuda = options.device.startswith("cuda")
     print(
@@ -189,6 +192,7 @@ def main() -> None:
         timed = outcome.steps[5:]
         result["tokens_per_second"] = sum(s.tokens for s in timed) / sum(s.seconds for s in timed)
     if options.score_rows:
+        plain_blocks(model)
         if cuda:
             torch.cuda.empty_cache()
         held_out = held_out_rows(options.data / "heldout.npz", options.length, options.score_rows).to(options.device)

@@ -7,7 +7,7 @@ A step is all of it: the teacher's forward pass, the student's, forward KL, back
 forward, loss, backward. Parts:
 
     kernels  impl="auto", launched one by one: window, sinks and chunk size may change at every step
-    compiled the same, the norms and MLPs of the layers (the teacher's too) by torch.compile
+    compiled the kernels, and the norms and MLPs of the layers (the teacher's too) by torch.compile
     graph    the kernels as one CUDA graph
     chunk    impl="chunk" as one CUDA graph (its batched products are an operator that torch.compile does not look into)
     plain    the same student with windowed attention and no memory: forward, loss and backward to the embeddings
@@ -37,7 +37,7 @@ from allmem_ops.hf import convert, full_attention, memory_mode, memory_parameter
 from allmem_ops.hf.convert import memory_branches
 from allmem_ops.hf.load import load_causal_lm
 from allmem_ops.hf.runtime import runtime_of
-from allmem_ops.training import final_hidden, fine_tune, forward_kl
+from allmem_ops.training import compile_blocks, final_hidden, fine_tune, forward_kl, plain_blocks
 from allmem_ops.training.graph import GraphedStep
 from benchmarks.measure import environment
 
@@ -170,10 +170,11 @@ class Bench:
         return self.kernels(size, graph=True, impl="chunk")
 
     def compiled(self, size: int) -> dict[str, Any]:
-        for layer in self.model.base_model.layers:
-            for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-                module.compile()
-        return self.kernels(size)
+        compile_blocks(self.model)
+        try:
+            return self.kernels(size)
+        finally:
+            plain_blocks(self.model)
 
     def plain(self, size: int) -> dict[str, Any]:
         """Forward, loss and backward to the embeddings, without the memory."""

@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the frozen weights; the memory is fp32 (default: bfloat16)"
     )
     how.add_argument("--gradient-checkpointing", action="store_true", help="recompute each layer in backward")
+    how.add_argument("--compile", action="store_true", help="fuse the frozen norms and MLPs by torch.compile")
     how.add_argument("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
     how.add_argument("--quiet", action="store_true", help="no progress bar")
     return made
@@ -86,7 +87,7 @@ def run(arguments: Sequence[str] | None = None) -> Any:
 
     from allmem_ops.hf.load import checkpoint_layers
     from allmem_ops.train.report import Progress
-    from allmem_ops.training import Distillation, TokenRows, train
+    from allmem_ops.training import Distillation, TokenRows, compile_blocks, train
 
     _check(options)
     rows = TokenRows.load(options.data, length=options.length, seed=options.seed)
@@ -103,6 +104,8 @@ def run(arguments: Sequence[str] | None = None) -> Any:
     model = _model(options, config, rows).to(accelerator.device)
     if options.gradient_checkpointing:
         checkpoint_layers(model)
+    if options.compile:
+        compile_blocks(model)
     run = Distillation(model, recipe, accelerator=accelerator)
     main = accelerator.is_main_process
     progress = Progress(steps, processes, options.output / "tensorboard" if main else None, shown=main and not options.quiet)

@@ -13,6 +13,7 @@ from allmem_ops.training.schedule import wsd_factor
 
 if TYPE_CHECKING:
     from allmem_ops.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+    from allmem_ops.training.compiled import compile_blocks, plain_blocks
     from allmem_ops.training.distill import FineTuneResult, fine_tune
     from allmem_ops.training.engine import Distillation, Step, final_hidden
     from allmem_ops.training.loop import Outcome, train
@@ -27,10 +28,12 @@ _HOME = {
     "Step": "engine",
     "TokenRows": "rows",
     "answer_prompts": "on_policy",
+    "compile_blocks": "compiled",
     "final_hidden": "engine",
     "fine_tune": "distill",
     "latest_checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
+    "plain_blocks": "compiled",
     "save_checkpoint": "checkpoint",
     "train": "loop",
 }
@@ -47,11 +50,13 @@ __all__ = [
     "TokenLosses",
     "TokenRows",
     "answer_prompts",
+    "compile_blocks",
     "final_hidden",
     "fine_tune",
     "forward_kl",
     "latest_checkpoint",
     "load_checkpoint",
+    "plain_blocks",
     "response_mask",
     "save_checkpoint",
     "token_losses",

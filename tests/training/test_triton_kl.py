@@ -9,7 +9,7 @@ from allmem_ops.training import kl as kl_module
 from allmem_ops.training.launch_kl import kl_rows
 
 CUDA = torch.cuda.is_available()
-SIZES = [(3, 13), (2, 4096), (2, 9001)] + ([(1024, 49152)] if CUDA else [])
+SIZES = [(12, 13), (12, 4096), (8, 9001)] + ([(1024, 49152)] if CUDA else [])
 
 
 def logits(tokens, vocab, device, seed=0):
