@@ -1,15 +1,20 @@
 """The gates of the GPU benchmarks: that a missed one is seen, on the machine without a GPU too."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from allmem_ops import ttt_mlp
 from benchmarks.gpu import contest as contests
+from benchmarks.gpu import report
 from benchmarks.gpu.contest import OURS, Contest, Gate, judge
 from benchmarks.gpu.test_contests import CONTESTS
 from benchmarks.peers.chunk_loop import chunk_loop
 
 COPY = 3e12
+ROOT = Path(__file__).parents[1]
 
 
 def _found(**ms: float) -> dict:
@@ -82,3 +87,29 @@ def test_the_loop_over_chunks_computes_what_ttt_mlp_does():
 
     got = chunk_loop(flat(q), flat(k), flat(v), *weights, flat(eta), flat(mu), 8)
     assert torch.allclose(got, flat(want), rtol=1e-12, atol=1e-12)
+
+
+def test_the_report_shows_what_the_results_hold(tmp_path: Path):
+    contest = {"name": "case", "directions": _found(ours=0.5, flex=0.7)["directions"], "verdicts": []}
+    contest["directions"]["forward"]["ours"] |= {"percent_of_flops": 61.2, "tflops": 480.0, "percent_of_copy": 3.0, "gb_per_s": 9.0}
+    for figure, passed, reached in ((1.4, True, True), (1.2, True, False), (0.9, False, False)):
+        verdict = {"against": "flex", "unit": "x", "figure": figure, "gate": 1.1, "target": 1.3, "passed": passed, "reached": reached}
+        contest["verdicts"].append(verdict | {"direction": "forward"})
+    about = {"device": "a card", "torch": "2.11", "commit": "abc"}
+    content = {"environment": about, "ceilings": {"flops": 8e14, "bytes": 3e12}, "contests": [contest]}
+    (tmp_path / "swa.json").write_text(json.dumps(content))
+    (tmp_path / "other.json").write_text(json.dumps({"rows": []}))
+    text = report.report(tmp_path)
+    assert "**`swa`** (a card, PyTorch 2.11, commit abc; ceilings 800 TFLOP/s, 3.00 TB/s)" in text and "other" not in text
+    assert "| 0.500 ms; from Python 1.000 ms; 480 TFLOP/s, 61 % of the ceiling | 5 MB | flex 0.700 ms |" in text
+    for mark in ("1.4 x flex (1.1 / 1.3): target reached", "1.2 x flex (1.1 / 1.3): gate passed", "0.9 x flex (1.1 / 1.3): **missed**"):
+        assert mark in text
+    document = f"a\n{report.BEGIN}\nold\n{report.END}\nz"
+    assert report.written(document, "new") == f"a\n{report.BEGIN}\n\nnew\n\n{report.END}\nz"
+    with pytest.raises(SystemExit, match="must hold the lines"):
+        report.written("no markers", "new")
+
+
+def test_the_results_page_holds_the_report_of_the_committed_results():
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert report.written(text, report.report(ROOT / "benchmarks" / "results" / "h100")) == text
