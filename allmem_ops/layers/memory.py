@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from allmem_ops._validation import check_bool, check_dtype, check_int, check_shape, fail
 from allmem_ops.layers.config import AllMemConfig
@@ -68,6 +69,8 @@ class MemoryBranch(nn.Module):
         in_proj: weight [3*H*d + H*5, d_model] (q, k, v, then eta of gate/up/down, mu, gate logits; a gate per channel
             has H*d rows, none has no rows); head_bias is the bias of the rows after v.
         writes: False runs the memory with eta = 0: an adapter that never learns from the text.
+        recompute: True keeps nothing between forward and backward but `x` and `attn`, and computes the branch once more in backward; calls
+            with a state keep everything all the same (its state has moved on by then).
 
     Example:
         >>> branch = MemoryBranch(64, AllMemConfig(heads=2, head_dim=16, chunk_size=8))
@@ -97,7 +100,8 @@ class MemoryBranch(nn.Module):
         if heads is None:
             fail("heads", "must be given where `config.heads` is None", None)
         check_int("heads", heads, 1)
-        self.d_model, self.config, self.heads, self.writes = d_model, config, heads, True
+        self.d_model, self.config, self.heads = d_model, config, heads
+        self.writes, self.recompute = True, False
         d, h = config.head_dim, config.hidden
         gates = {"head": heads, "channel": heads * d, "none": 0}[config.gate]
         self.splits = [3 * heads * d, 3 * heads, heads, gates]
@@ -199,12 +203,26 @@ class MemoryBranch(nn.Module):
             check_shape("active", active, "B", {"B": x.shape[0]})
             check_dtype("active", active, torch.bool)
         check_bool("overwrite_attn", overwrite_attn)
-        config = self.config
         steps = state is not None and cu_seqlens is None and x.shape[1] <= STEP_TOKENS and not torch.is_grad_enabled()
         if steps:
             self._check_options(state)
         elif active is not None:
             fail("active", "needs gradients to be disabled (torch.no_grad)", "gradients enabled")
+        if self.recompute and state is None and torch.is_grad_enabled():
+            return checkpoint(self._run, x, attn, None, cu_seqlens, None, False, False, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x, attn, state, cu_seqlens, active, overwrite_attn, steps)
+
+    def _run(
+        self,
+        x: Tensor,
+        attn: Tensor | None,
+        state: MemoryBranchState | None,
+        cu_seqlens: Tensor | None,
+        active: Tensor | None,
+        overwrite_attn: bool,
+        steps: bool,
+    ) -> Tensor:
+        """`forward` with arguments that are in order; `steps`: by the step forms."""
         inputs = self._read_input(x, state, cu_seqlens, active, steps)
         memory = self._remember(x.dtype, inputs, state, cu_seqlens, active, steps)
         if state is not None:
@@ -217,7 +235,7 @@ class MemoryBranch(nn.Module):
         out = F.linear(readout, self.out_proj.weight.to(x.dtype))
         if active is not None:
             out = torch.where(active[:, None, None], out, 0)
-        return out if attn is None else gated_fusion(attn, out, self.alpha, impl=config.impl)
+        return out if attn is None else gated_fusion(attn, out, self.alpha, impl=self.config.impl)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, heads={self.heads}, head_dim={self.config.head_dim}, hidden={self.config.hidden}"

@@ -246,6 +246,34 @@ def test_writes_off_reads_the_initial_memory_only():
     torch.testing.assert_close(branch(x2, attn)[:, 8:], off[:, 8:], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("packed", [None, [0, 6, 17]])
+def test_recompute_gives_the_same_gradients_and_keeps_only_the_inputs(packed):
+    branch, (x, attn) = make(), data(17)
+    leaves = [x.requires_grad_(), attn.requires_grad_(), *branch.parameters()]
+    cu_seqlens = None if packed is None else torch.tensor(packed)
+    found, kept = [], []
+    for branch.recompute in (False, True):
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            y = branch(x, attn, cu_seqlens=cu_seqlens)
+        own = [t for t in saved if not any(t is leaf for leaf in leaves)]
+        kept.append(sum(t.nbytes for t in own))
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    assert kept[1] <= (0 if packed is None else cu_seqlens.nbytes) < kept[0]
+
+
+def test_recompute_with_a_state_keeps_everything_and_gives_the_same():
+    branch, (x, attn) = make(), data(17)
+    found = []
+    for branch.recompute in (False, True):
+        y = branch(x, attn, state=branch.initial_state(1, torch.float64))
+        found.append([y, *torch.autograd.grad(y.square().sum(), list(branch.parameters()))])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_half_precision_activations_with_fp32_parameters():
     branch = make(dtype=torch.float32)
     x, attn = data(30, 2, dtype=torch.float32)

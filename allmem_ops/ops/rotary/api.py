@@ -31,7 +31,7 @@ def rotary(
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> Rotary:
-    """From one projection to what attention reads: RMSNorm and rotary position embedding of each head of q and k, with one rounding.
+    """From one projection to what attention reads: RMSNorm and rotary position embedding of each head of q and k.
 
         q, k, v = qkv.split([HQ, HK, HK], dim=2)
         n       = x / sqrt(mean(x^2) + eps) * weight                   x of q and k, over the D channels of a head
@@ -41,7 +41,9 @@ def rotary(
 
     Args:
         qkv: [B, T, HQ + 2*HK, D], D even; float16, bfloat16, float32 or float64, any strides.
-        cos, sin: [B or 1, T, D/2], float32 (float64 for float64): of each token's angles, see `rotary_table`. They get no gradient.
+        cos, sin: [B or 1, T, D/2], of each token's angles, see `rotary_table`; float32 (float64 for float64) or `qkv`'s dtype. The turn is
+            computed in their dtype: with float32 everything is rounded once, at the end; in half precision n and each product are
+            rounded, as models in half precision do that (those of transformers, bit for bit without norms). They get no gradient.
         heads, heads_kv: HQ and HK; HK may be 0.
         q_norm, k_norm: weights [D] of the RMSNorms, `qkv`'s dtype or float32; both or neither (`k_norm` None also where HK is 0).
         eps: added to the mean square inside the root, greater than 0.
@@ -49,7 +51,7 @@ def rotary(
             2048) or `"auto"`: `"triton"` on CUDA for what the kernels take, else `"chunk"`.
 
     Returns:
-        `Rotary(q, k, v)`. Arithmetic is float32 (float64 for float64) and rounded once. `qkv`, `q_norm` and `k_norm` get gradients in their
+        `Rotary(q, k, v)`. `qkv`, `q_norm` and `k_norm` get gradients in their
         own dtype; sums over tokens are float32. Backward keeps `qkv` only where there are norms.
 
     Raises:
@@ -111,8 +113,9 @@ def _check(
     for name, table in (("cos", cos), ("sin", sin)):
         one = isinstance(table, Tensor) and table.dim() == 3 and table.shape[0] == 1
         check_shape(name, table, "1 T D/2" if one else "B T D/2", dims)
-        check_dtype(name, table, wide, "float64 for float64 `qkv`, else float32")
         check_device(name, table, qkv.device, "qkv")
+    check_dtype("cos", cos, dict.fromkeys((qkv.dtype, wide)), "the dtype of `qkv`, or float32")
+    check_dtype("sin", sin, cos.dtype, "the dtype of `cos`")
     if (q_norm is None) != (k_norm is None) and (q_norm is None or heads_kv):
         fail("k_norm" if k_norm is None else "q_norm", "must be given with the other norm's weight, or neither", None)
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):

@@ -39,11 +39,12 @@ def rotary_backward(
 
 def _turned_back(dy: Tensor, x: Tensor | None, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
     wide = accumulator_dtype(dy.dtype)
-    first, second = dy.to(wide).chunk(2, -1)
+    first, second = dy.to(cos.dtype).chunk(2, -1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     dz = torch.cat([first * cos + second * sin, second * cos - first * sin], -1)
     if weight is None:
         return dz.to(dy.dtype), None
+    dz = dz.to(wide)
     m = x.to(wide)
     r = torch.rsqrt(m.square().mean(-1, keepdim=True) + eps)
     n = m * r

@@ -15,10 +15,9 @@ def rotary_reference(
 
 
 def _turned(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    wide = accumulator_dtype(x.dtype)
-    y = x.to(wide)
+    y = x.to(accumulator_dtype(x.dtype))
     if weight is not None:
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
-    first, second = y.chunk(2, -1)
+        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(cos.dtype) * weight.to(cos.dtype)
+    first, second = y.to(cos.dtype).chunk(2, -1)
     cos, sin = cos[:, :, None], sin[:, :, None]  # [B or 1, T, 1, D/2]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

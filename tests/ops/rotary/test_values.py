@@ -74,6 +74,31 @@ def test_low_precision_is_within_the_budget(impl: str, dtype: torch.dtype):
         assert_within_budget(f"d{name}", grad, allowed[name], exact[name])
 
 
+def as_models_do(q, cos, sin):
+    """q [B, T, H, D] turned by tables [B, T, D] of its own dtype, whose halves are equal: transformers' `apply_rotary_pos_emb`."""
+    first, second = q.chunk(2, -1)
+    return q * cos[:, :, None] + torch.cat([-second, first], -1) * sin[:, :, None]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("impl", ["reference", "chunk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_table_of_the_models_dtype_gives_the_models_bits(dtype: torch.dtype, impl: str, norm: bool):
+    case = Case(heads=3, heads_kv=0, width=16, tokens=40, norms=norm)
+    x = case.inputs(dtype)
+    cos, sin = (t.to(dtype) for t in case.table(torch.float32))
+    q = x["qkv"]
+    if norm:
+        wide = q.float()
+        q = x["q_norm"] * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
+    want = as_models_do(q, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
+    got = rotary(x["qkv"], cos, sin, heads=3, heads_kv=0, q_norm=x["q_norm"], impl=impl).q
+    assert torch.equal(got, want)
+    if not norm:
+        up = torch.randn(want.shape).to(dtype)
+        assert torch.equal(*(torch.autograd.grad(y, x["qkv"], up)[0] for y in (got, want)))
+
+
 def test_positions_of_a_table():
     inv_freq = torch.tensor([1.0, 0.1], dtype=torch.float64)
     cos, sin = rotary_table(torch.tensor([[0, 3], [7, 1000]]), inv_freq)
@@ -151,6 +176,7 @@ def test_a_fault_in_the_backward_is_seen(fault: str):
         ({"qkv": torch.zeros(1, 5, 8, 8, dtype=torch.int32)}, "`qkv` must have dtype"),
         ({"cos": torch.zeros(1, 4, 4)}, r"`cos` must have shape \[1, T, D/2\] with T=5"),
         ({"sin": torch.zeros(2, 5, 4)}, r"`sin` must have shape \[B, T, D/2\] with B=1"),
+        ({"cos": torch.zeros(1, 5, 4, dtype=torch.float16)}, "`cos` must have dtype float32"),
         ({"sin": torch.zeros(1, 5, 4, dtype=torch.float64)}, "`sin` must have dtype float32"),
         ({"heads": 0}, "`heads` must be at least 1; got 0"),
         ({"heads_kv": True}, "`heads_kv` must be an int"),

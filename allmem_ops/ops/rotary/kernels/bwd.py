@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from allmem_ops.ops.kernels.sums import column_sums
-from allmem_ops.ops.rotary.kernels.rows import head_offsets, inverse_rms, load_halves, program_place, store_halves
+from allmem_ops.ops.rotary.kernels.rows import head_offsets, inverse_rms, load_halves, load_turn, program_place, store_halves, turned
 
 
 @triton.jit
@@ -54,11 +54,8 @@ def _turn_back(
         o_t = (tl.cast(i_t, tl.int64) + tl.arange(0, BT))[:, None, None]
         m_x = (o_t < T) & m_hw
         b_dy1, b_dy2 = load_halves(p_dy + o_t * s_dy_t + o_h * s_dy_h + o_w * s_dy_d, m_x, W * s_dy_d)
-        # For each head: see the forward.
-        b_cos = tl.load(p_cos + o_t * s_cos_t + o_h * 0 + o_w * s_cos_d, mask=m_x, other=0.0)
-        b_sin = tl.load(p_sin + o_t * s_sin_t + o_h * 0 + o_w * s_sin_d, mask=m_x, other=0.0)
-        b_dx1 = b_dy1 * b_cos + b_dy2 * b_sin
-        b_dx2 = b_dy2 * b_cos - b_dy1 * b_sin
+        b_cos, b_sin = load_turn(p_cos, p_sin, o_t * s_cos_t + o_h * 0 + o_w * s_cos_d, o_t * s_sin_t + o_h * 0 + o_w * s_sin_d, m_x)
+        b_dx1, b_dx2 = turned(b_dy1, b_dy2, b_cos, -b_sin, p_cos)
         if p_norm is not None:
             b_n1, b_n2 = load_halves(p_x + o_x + o_t * s_x_t + o_h * s_x_h + o_w * s_x_d, m_x, W * s_x_d)
             b_r = inverse_rms(b_n1, b_n2, eps, W)

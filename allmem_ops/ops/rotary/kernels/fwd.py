@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from allmem_ops.ops.rotary.kernels.rows import head_offsets, inverse_rms, load_halves, program_place, store_halves
+from allmem_ops.ops.rotary.kernels.rows import (
+    head_offsets,
+    inverse_rms,
+    load_halves,
+    load_turn,
+    program_place,
+    rounded,
+    store_halves,
+    turned,
+)
 
 
 @triton.jit
@@ -40,14 +49,13 @@ def _turn(
         o_t = (tl.cast(i_t, tl.int64) + tl.arange(0, BT))[:, None, None]
         m_x = (o_t < T) & m_hw
         b_x1, b_x2 = load_halves(p_x + o_t * s_x_t + o_h * s_x_h + o_w * s_x_d, m_x, W * s_x_d)
-        # Loaded for each head (from the L1): for one row a token Triton would pass the whole tile through shared memory.
-        b_cos = tl.load(p_cos + o_t * s_cos_t + o_h * 0 + o_w * s_cos_d, mask=m_x, other=0.0)
-        b_sin = tl.load(p_sin + o_t * s_sin_t + o_h * 0 + o_w * s_sin_d, mask=m_x, other=0.0)
+        b_cos, b_sin = load_turn(p_cos, p_sin, o_t * s_cos_t + o_h * 0 + o_w * s_cos_d, o_t * s_sin_t + o_h * 0 + o_w * s_sin_d, m_x)
         if p_norm is not None:
             b_r = inverse_rms(b_x1, b_x2, eps, W)
-            b_x1 = b_x1 * b_r * b_w1
-            b_x2 = b_x2 * b_r * b_w2
-        store_halves(p_y + (o_t * H + o_h) * (2 * W) + o_w, b_x1 * b_cos - b_x2 * b_sin, b_x2 * b_cos + b_x1 * b_sin, m_x, W)
+            b_x1 = rounded(rounded(b_x1 * b_r, p_cos) * b_w1, p_cos)
+            b_x2 = rounded(rounded(b_x2 * b_r, p_cos) * b_w2, p_cos)
+        b_y1, b_y2 = turned(b_x1, b_x2, b_cos, b_sin, p_cos)
+        store_halves(p_y + (o_t * H + o_h) * (2 * W) + o_w, b_y1, b_y2, m_x, W)
 
 
 @triton.jit(do_not_specialize=["T", "slots", "eps"], do_not_specialize_on_alignment=["T", "slots"])

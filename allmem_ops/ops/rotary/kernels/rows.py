@@ -32,6 +32,28 @@ def store_halves(p_y, b_y1, b_y2, m_y, W: tl.constexpr):
 
 
 @triton.jit
+def rounded(b_x, p_table):
+    """`b_x` as the dtype of cos and sin holds it, in float32."""
+    if p_table.dtype.element_ty != tl.float32:
+        b_x = b_x.to(p_table.dtype.element_ty).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def turned(b_x1, b_x2, b_cos, b_sin, p_table):
+    """[x1 cos - x2 sin, x2 cos + x1 sin], each product rounded to the dtype of cos and sin."""
+    b_y1 = rounded(b_x1 * b_cos, p_table) - rounded(b_x2 * b_sin, p_table)
+    b_y2 = rounded(b_x2 * b_cos, p_table) + rounded(b_x1 * b_sin, p_table)
+    return b_y1, b_y2
+
+
+@triton.jit
+def load_turn(p_cos, p_sin, o_cos, o_sin, m_x):
+    """cos and sin for each head of a tile (from the L1): for one row a token Triton would pass the whole tile through shared memory."""
+    return tl.load(p_cos + o_cos, mask=m_x, other=0.0).to(tl.float32), tl.load(p_sin + o_sin, mask=m_x, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def inverse_rms(b_x1, b_x2, eps, W: tl.constexpr):
     # [BT, BH, BW] -> [BT, BH, 1]; channels past W are 0
     return tl.rsqrt(tl.sum(b_x1 * b_x1 + b_x2 * b_x2, 2) / (2 * W) + eps)[:, :, None]
