@@ -17,7 +17,7 @@ def _early(device: torch.device, wanted: bool = True) -> dict[str, bool]:
 
 def _tile(BK: int) -> tuple[int, int]:
     """Rows of the weight that a program has, and its warps: up to 175 registers a thread."""
-    return (8 if BK <= 4096 else 4), (8 if BK > 1024 else 4)
+    return (8 if BK <= 4096 else 2), (8 if BK > 1024 else 4)
 
 
 def linear(

@@ -111,6 +111,18 @@ def rotary() -> None:
         launch_backward(q, k, k, qkv if with_norms else None, cos, cos, norm, norm, 1e-6)
 
 
+def inference() -> None:
+    from allmem_ops.inference import launch
+
+    for B, dtype, K in ((1, HALF, 1024), (4, HALF, 2048), (1, SINGLE, 576)):
+        x, gate_up, norm = empty(B, K, dtype=dtype), empty(B, 6 * K, dtype=dtype), empty(K, dtype=dtype)
+        launch.linear(x, empty(6 * K, K, dtype=dtype), norm, norm=(norm, 1e-6))
+        launch.linear(gate_up, empty(K, 3 * K, dtype=dtype), gated=True, into=x)
+        launch.linear(gate_up[:, : 2 * K], empty(K, 2 * K, dtype=dtype), also=(x, empty(K, K, dtype=dtype)), into=x)
+        cos, head = empty(B, 1, 128, dtype=dtype), empty(128, dtype=dtype)
+        launch.heads(empty(B, 4096, dtype=dtype), (head, head, 1e-6), (16, 8), 128, (cos, cos), (cos, cos))
+
+
 def main() -> None:
     op, gpu = sys.argv[1:]
     with absent_gpu(gpu) as launched:
