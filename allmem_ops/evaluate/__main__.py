@@ -127,8 +127,14 @@ def evaluate(options: argparse.Namespace) -> None:
     """Load, compare, write."""
     # After the checks: these import the extras.
     from allmem_ops.evaluate import texts as texts_file
+    from allmem_ops.evaluation.harness import known_tasks
 
     laps = _Laps()
+    try:
+        if options.tasks:
+            known_tasks(options.tasks, options.task_path)
+    except ValueError as error:
+        raise Problem(str(error)) from error
     model, tokenizer = load_model(options)
     laps.end("load")
     texts = load_texts(options, tokenizer, texts_file)
@@ -179,9 +185,11 @@ def one_window(
     write(output / "evaluation.md", text + "\n")
     print(f"\n{text}\n\nWritten: {output}/evaluation.json, {output}/evaluation.md")
     try:
-        print(f"Written: {report.picture(found, output / 'evaluation.png')}")
+        image = report.picture(found, output / "evaluation.png")
     except ImportError as error:
         print(error)
+    else:
+        print(f"Written: {image}" if image else "No picture: nothing to draw")
 
 
 def make_plan(options: argparse.Namespace, window: int, chunk: int) -> Any:

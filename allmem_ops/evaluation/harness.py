@@ -61,11 +61,8 @@ def run_tasks(
         ImportError: the harness is not installed.
         ValueError: a task that it doesn't know.
     """
-    evaluator, _, manager_class = _harness()
-    manager = manager_class(include_path=None if task_path is None else str(task_path))
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        fail("tasks", "must be tasks that lm-evaluation-harness knows", ", ".join(unknown), "A folder of your own: task_path")
+    evaluator, _, _ = _harness()
+    manager = known_tasks(tasks, task_path)
     found = {}
     for arm in arms:
         wrapped = harness_model(model, tokenizer, max_length=max_length, batch_size=batch_size)
@@ -73,6 +70,16 @@ def run_tasks(
             results = evaluator.simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000)
         found[arm.key] = {task: _numbers(metrics) for task, metrics in results["results"].items()}
     return found
+
+
+def known_tasks(tasks: Sequence[str], task_path: Path | None = None) -> Any:
+    """The harness's task manager, when it knows all of `tasks`; raises what `run_tasks` raises."""
+    _, _, manager_class = _harness()
+    manager = manager_class(include_path=None if task_path is None else str(task_path))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        fail("tasks", "must be tasks that lm-evaluation-harness knows", ", ".join(unknown), "A folder of your own: task_path")
+    return manager
 
 
 def _harness() -> tuple[Any, Any, Any]:
@@ -86,5 +93,5 @@ def _harness() -> tuple[Any, Any, Any]:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """`exact_match,none` -> `exact_match`; what is no number is left out."""
-    return {name.removesuffix(",none"): float(x) for name, x in metrics.items() if isinstance(x, int | float) and not isinstance(x, bool)}
+    """`exact_match,none` -> `exact_match`, `exact_match_stderr,none` -> `exact_match_stderr`; what is no metric is left out."""
+    return {name.removesuffix(",none"): float(x) for name, x in metrics.items() if "," in name and isinstance(x, int | float)}

@@ -14,9 +14,10 @@ def text(found: dict[str, Any]) -> str:
     plan = found["plan"]
     labels = found["labels"]
     parts = {"rows": _rows, "long": _long, "short": _short, "needles": _needles, "speed": _speed, "tasks": _tasks}
+    seconds = [_seconds(found)] if found["seconds"] else []
     head = f"Window {plan['window']}, {plan['sinks']} sinks in every arm that has a window, chunk {plan['chunk_size']}."
     sections = [section for name, write in parts.items() if found.get(name) for section in write(found, labels)]
-    return "\n\n".join([head, *sections, *_over_checkpoints(found, labels), _seconds(found)])
+    return "\n\n".join([head, *sections, *_over_checkpoints(found, labels), *seconds])
 
 
 def _rows(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
@@ -94,12 +95,18 @@ def _speed(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
 
 
 def _tasks(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
-    names = sorted({(task, metric) for by_task in found["tasks"].values() for task, metrics in by_task.items() for metric in metrics})
-    rows = [
-        [labels[key], *(f"{by_task[task][metric]:.4f}" if metric in by_task.get(task, {}) else "-" for task, metric in names)]
-        for key, by_task in found["tasks"].items()
-    ]
-    return ["**lm-evaluation-harness**", table(["", *(f"{task}, {metric}" for task, metric in names)], rows)]
+    names = sorted({(task, name) for by_task in found["tasks"].values() for task, metrics in by_task.items() for name in metrics})
+    names = [(task, name) for task, name in names if "_stderr" not in name]
+
+    def cell(metrics: dict[str, float], name: str) -> str:
+        if name not in metrics:
+            return "-"
+        first, comma, filtered = name.partition(",")
+        error = metrics.get(f"{first}_stderr{comma}{filtered}")
+        return f"{metrics[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+    rows = [[labels[key], *(cell(by_task.get(task, {}), name) for task, name in names)] for key, by_task in found["tasks"].items()]
+    return ["**lm-evaluation-harness**", table(["", *(f"{task}, {name}" for task, name in names)], rows)]
 
 
 def _over_checkpoints(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
@@ -141,8 +148,8 @@ def _percent(value: dict[str, float]) -> str:
     return f"{100 * value['value']:.1f} ± {100 * value['error']:.1f} %"
 
 
-def picture(found: dict[str, Any], path: Path) -> Path:
-    """A picture of what the evaluation has found: one axis a part.
+def picture(found: dict[str, Any], path: Path) -> Path | None:
+    """A picture of what the evaluation has found: one axis a part; None where there is nothing to draw.
 
     Raises:
         ImportError: without matplotlib, in one sentence.
@@ -169,8 +176,10 @@ def picture(found: dict[str, Any], path: Path) -> Path:
             lambda axis: _draw_speed(axis, style, found["speed"], "cache_bytes", 1e6, "cache, MB"),
             lambda axis: _draw_speed(axis, style, found["speed"], "read_tokens_per_s", 1.0, "reading, tokens/s"),
         ]
-    columns = min(2, len(draws)) or 1
-    lines = -(-len(draws) // columns) or 1
+    if not draws:
+        return None
+    columns = min(2, len(draws))
+    lines = -(-len(draws) // columns)
     figure = Figure(figsize=(6.5 * columns, 4.2 * lines), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis, draw in zip(axes, draws, strict=False):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from allmem_ops.evaluation.arms import ALLMEM, ARMS, FULL, WINDOW
+from allmem_ops.evaluation.arms import ALLMEM, ARMS, FULL, LABELS, WINDOW
 from allmem_ops.evaluation.harness import harness_model, run_tasks
+from allmem_ops.evaluation.report import text
 from allmem_ops.hf import convert
 from tests.evaluation.conftest import letters_tokenizer
 from tests.hf.tiny import awaken, tiny_config, tiny_model
@@ -35,6 +36,9 @@ def test_a_task_runs_under_every_arm(model, letters):
     assert set(found) == {FULL, WINDOW, ALLMEM}
     for by_task in found.values():
         assert 0 <= by_task[CHOICE]["acc"] <= 1 and by_task[ANSWER]["exact_match"] == 0
+    report = text({"plan": {"window": 12, "sinks": 3, "chunk_size": 7}, "labels": LABELS, "seconds": {}, "tasks": found})
+    accuracy = found[ALLMEM][CHOICE]
+    assert f"{accuracy['acc']:.4f} ± {accuracy['acc_stderr']:.4f}" in report and f"{ANSWER}, exact_match" in report
 
 
 @needs_harness

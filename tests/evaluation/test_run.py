@@ -89,6 +89,7 @@ def test_report_and_picture(found, tmp_path):
     assert f"{allmem['beyond']['loss']:.4f}" in report and f"{100 * allmem['recovery']['kl']['value']:.1f} ±" in report
     assert picture(found, tmp_path / "x.png").stat().st_size > 30_000
     assert picture({**found, "needles": [], "speed": {}, "rows": {}}, tmp_path / "y.png").is_file()
+    assert picture({"labels": {}}, tmp_path / "z.png") is None
 
 
 def test_missing_matplotlib_is_one_sentence(found, tmp_path, monkeypatch):
