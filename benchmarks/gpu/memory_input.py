@@ -1,6 +1,7 @@
 """Contests of `memory_input`: shares of the copy bandwidth, and fla-core's convolution and norms where it is installed."""
 
 import functools
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -50,6 +51,6 @@ def _memory_input(T: int, H: int, d: int, forward: list[Gate], backward: list[Ga
     )  # fmt: skip
 
 
-_FASTER = [Gate(1.0, 1.0, peer) for peer in optional.memory_input()]
+_FASTER = [Gate(1.0, 1.0, "fla-core")] if find_spec("fla") else []
 
 CONTESTS = (_memory_input(32768, 8, 64, [Gate(80.0, 80.0, unit="% of copy"), *_FASTER], [Gate(65.0, 65.0, unit="% of copy"), *_FASTER]),)
