@@ -284,6 +284,21 @@ def test_half_precision_activations_with_fp32_parameters():
     assert (y.double() - exact).norm() / exact.norm() < 2e-2
 
 
+@pytest.mark.parametrize("gate", ["head", "none", "channel"])
+def test_half_precision_gradients(gate):
+    """Also where the projection's 58 or 54 columns are filled up to whole 16 bytes."""
+    branch = make(dtype=torch.float32, gate=gate)
+    x, attn = data(30, 2, dtype=torch.float32)
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        module = branch.double() if dtype == torch.float64 else branch.float()
+        y = module(x.to(dtype), attn.to(dtype))
+        found.append([g.double() for g in torch.autograd.grad(y.double().square().sum(), list(module.parameters()))])
+    for (name, p), exact, got in zip(branch.named_parameters(), *found, strict=True):
+        assert got.shape == p.shape
+        assert (got - exact).norm() <= 0.05 * exact.norm(), name
+
+
 def test_state_round_trip_and_rows():
     branch, state = make(), make().initial_state(3, torch.float64)
     with torch.no_grad():
