@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from allmem_ops._validation import check_int, fail
-from allmem_ops.hf import load_memory, save_memory
+from allmem_ops.hf import memory_parameters, reconfigure, save_memory
+from allmem_ops.hf.checkpoint import read_tensors
 from allmem_ops.training.engine import Distillation
 from allmem_ops.training.recipe import Recipe
 
@@ -95,9 +96,27 @@ def load_checkpoint(run: Distillation, checkpoint: str | os.PathLike[str]) -> di
         fail("checkpoint", "must hold its optimizer's files undamaged", error)
     run.check_optimizer_state(tensors, index)
     run.reset_draw()
-    load_memory(run.model, checkpoint)
+    memory = _memory(run, checkpoint)
+    with torch.no_grad():
+        for name, p in memory_parameters(run.model).items():
+            p.copy_(memory[name])
     run.load_optimizer_state(tensors, index)
     return extra
+
+
+def _memory(run: Distillation, checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The memory's tensors, checked against the run's model: whatever stands in the memory's place, a linear one too."""
+    saved, tensors = read_tensors(run.model, checkpoint)
+    now = reconfigure(run.model)
+    differ = {name: value for name, value in saved.to_dict().items() if name != "impl" and getattr(now, name) != value}
+    if differ:
+        fail("run", f"must have the AllMemConfig of the checkpoint ({differ})", {name: getattr(now, name) for name in differ})
+    expected = {name: p.shape for name, p in memory_parameters(run.model).items()}
+    found = {name: t.shape for name, t in tensors.items()}
+    if found != expected:
+        wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        fail("checkpoint", f"must hold the {len(expected)} tensors of the run's memory", f"{len(wrong)} that differ, the first {wrong[0]}")
+    return tensors
 
 
 def check_recipe(saved: Recipe, now: Recipe) -> None:

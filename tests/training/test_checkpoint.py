@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from allmem_ops.evaluation.linear import use_linear_memory
 from allmem_ops.hf import load_memory, memory_parameters, reconfigure
 from allmem_ops.training import Distillation, Recipe, latest_checkpoint, load_checkpoint, save_checkpoint
 from tests.training.tiny import batches, make_model
@@ -106,3 +107,27 @@ def test_what_does_not_fit_is_refused_without_a_change(saved, tmp_path):
         run__json=json.dumps(description | {"recipe": recipe}),
     )
     refused("`directory` must hold memory.safetensors and memory.json", memory__json=None)
+
+
+def test_another_config_is_refused(saved):
+    run = Distillation(make_model(), RECIPE)
+    reconfigure(run.model, sinks=2)
+    other = Distillation(run.model, RECIPE)
+    with pytest.raises(ValueError, match=r"`run` must have the AllMemConfig of the checkpoint \({'sinks': 1}\); got {'sinks': 2}"):
+        load_checkpoint(other, saved[0])
+
+
+def test_another_memory_in_its_place_goes_on_too(tmp_path):
+    def linear():
+        torch.manual_seed(3)
+        return Distillation(use_linear_memory(make_model()), RECIPE)
+
+    whole = steps(linear(), batches(4))
+    first = linear()
+    before = steps(first, batches(4)[:2])
+    checkpoint = save_checkpoint(first, tmp_path)
+    again = linear()
+    load_checkpoint(again, checkpoint)
+    assert [s.kl for s in before + steps(again, batches(4)[2:])] == [s.kl for s in whole]
+    with pytest.raises(ValueError, match="of this model's optimizer; got"):
+        load_checkpoint(fresh(), checkpoint)
