@@ -12,6 +12,8 @@ from allmem_ops._validation import fail
 from allmem_ops.hf.cache import AllMemCache
 from allmem_ops.hf.layout import Layout, make_layout, own_positions
 from allmem_ops.hf.runtime import ATTRIBUTE, Runtime
+from allmem_ops.ops.precision import accumulator_dtype
+from allmem_ops.ops.rotary.api import rotary
 from allmem_ops.ops.swa.api import swa, swa_step
 from allmem_ops.ops.swa.cache import WindowCache
 
@@ -114,12 +116,16 @@ def swa_attention(
         raise ValueError(f"attention implementation {NAME!r} works only in a model converted by allmem_ops.hf.convert")
     if dropout:
         fail("attention_dropout", "must be 0: `swa` has no dropout", dropout)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return attend(module, *(x.transpose(1, 2) for x in (query, key, value)), scaling, allmem), None
+
+
+def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, allmem: Layout) -> Tensor:
+    """q [B, T, HQ, D], k and v [B, T, HK, D], turned to their positions -> [B, T, HQ, D]."""
     options = {"scale": scaling, "impl": allmem.config.impl}
     layer = None if allmem.cache is None else allmem.cache.layers[module.layer_idx]
     if layer is not None and allmem.tokens == 1:
         q_sinks = _rotate(q, allmem)
-        return swa_step(q, k, v, layer.window, q_sinks=q_sinks, active=allmem.active, **options), None
+        return swa_step(q, k, v, layer.window, q_sinks=q_sinks, active=allmem.active, **options)
     options |= {"window": allmem.windows[module.layer_idx], "sinks": allmem.config.sinks}
     q, k, v = allmem.pack(q), allmem.pack(k), allmem.pack(v)
     q_sinks = _rotate(q, allmem)
@@ -130,7 +136,7 @@ def swa_attention(
         o = _attend_segment(q, k, v, q_sinks, layer.window, allmem.past, options, position)
     else:
         o = _attend_ragged(q, k, v, q_sinks, layer.window, allmem, options)
-    return allmem.unpack(o), None
+    return allmem.unpack(o)
 
 
 def _attend_segment(
@@ -138,12 +144,9 @@ def _attend_segment(
     position: int | None = None,
 ) -> Tensor:  # fmt: skip
     """A segment after what the window holds; every row at the same position, which is read on the host where it is not given."""
-    seen = (k, v)
-    if past:
-        before = window.keys_values(position)
-        k, v = (torch.cat(pair, 1) for pair in zip(before, seen, strict=True))
-    o = swa(q, k, v, q_sinks=q_sinks, **options)
-    window.append(seen[0].detach(), seen[1].detach())
+    all_k, all_v = window.keys_values(position, then=(k, v)) if past else (k, v)
+    o = swa(q, all_k, all_v, q_sinks=q_sinks, **options)
+    window.append(k.detach(), v.detach())
     return o
 
 
@@ -168,10 +171,8 @@ def _rotate(q: Tensor, layout: Layout) -> Tensor | None:
     """The queries turned to their clamped positions, in RoPE's half-and-half layout."""
     if layout.rotation is None:
         return None
-    cos, sin = layout.rotation
-    x = q.float()
-    first, second = x.chunk(2, -1)
-    return (x * cos + torch.cat([-second, first], -1) * sin).to(q.dtype)
+    table = (t.to(accumulator_dtype(q.dtype)) for t in layout.rotation)
+    return rotary(q, *table, heads=q.shape[2], heads_kv=0, impl=layout.config.impl).q
 
 
 def add_memory(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> tuple | None:

@@ -1,6 +1,7 @@
 """`convert`: a loaded Hugging Face causal LM becomes an AllMem model, in place and for this instance only."""
 
 import copy
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from allmem_ops._validation import check_choice, check_float, fail
 from allmem_ops.hf import attention
 from allmem_ops.hf.families import family_of
+from allmem_ops.hf.forward import attention_forward
 from allmem_ops.hf.runtime import ATTRIBUTE, Runtime, runtime_of
 from allmem_ops.layers.config import AllMemConfig
 from allmem_ops.layers.memory import MemoryBranch
@@ -87,6 +89,8 @@ def convert(model: PreTrainedModel, config: AllMemConfig) -> PreTrainedModel:
         ).train(model.training)
     attention.register()
     attention.install(model, runtime)
+    for module in attentions:
+        module.forward = functools.partial(attention_forward, module)
     model.config._attn_implementation = attention.NAME
     return model
 

@@ -9,6 +9,7 @@ from allmem_ops._validation import check_dtype, check_shape, fail
 from allmem_ops.hf.cache import AllMemCache
 from allmem_ops.hf.runtime import Runtime
 from allmem_ops.layers.config import AllMemConfig
+from allmem_ops.ops.precision import accumulator_dtype
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Layout:
         cu_seqlens: int64 [N+1], where each sequence lies among them.
         lengths: the sequences' lengths on the host, with a cache.
         active: bool [B], for a single token: the rows that take it in; None: all.
-        rotation: (cos, sin) [., ., 1, D] that turn a query at its position i to min(i, P-1), or None where no query
+        rotation: (cos, sin) [., ., D/2] that turn a query at its position i to min(i, P-1), or None where no query
             lies past P.
     """
 
@@ -177,5 +178,5 @@ def _clamping_rotation(layout: Layout, inv_freq: Tensor, trained_length: int) ->
         if layout.cache is not None:
             index = index + layout.cache.positions[sequence]
     angles = (index.clamp(max=trained_length - 1) - index)[..., None].double() * inv_freq.double()
-    angles = torch.cat([angles, angles], -1)[:, :, None]
-    return angles.cos().float(), angles.sin().float()
+    dtype = accumulator_dtype(inv_freq.dtype)
+    return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -163,13 +163,14 @@ class WindowCache(RowState):
         put((self.ring_k, self.ring_v), slice(max(T - self.window, 0), T), self.sinks, False)
         self.positions += T if active is None else T * active
 
-    def keys_values(self, position: int | None = None) -> tuple[Tensor, Tensor]:
+    def keys_values(self, position: int | None = None, then: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The tokens held, in order: the sinks, then the last `window` of the others; k and v [B, n, HK, D], copies.
 
         For prompts: the shape of the result depends on the positions, so they are read on the host. `swa_step` does not.
 
         Args:
             position: that of all sequences, where the caller knows it: nothing is read then, and nothing checked.
+            then: keys and values [B, T, HK, D] to set behind them: what a segment attends, made in one pass.
 
         Raises:
             ValueError: the sequences are at different positions, so that they hold different numbers of tokens.
@@ -181,10 +182,14 @@ class WindowCache(RowState):
                 fail("positions", "must be equal to read keys and values as one tensor", positions, hint)
             position = positions[0]
         sinks, ring = min(position, self.sinks), min(max(position - self.sinks, 0), self.window)
-        slots = torch.arange(position - self.sinks - ring, position - self.sinks, device=self.device) % self.window
-        return tuple(
-            torch.cat([s[:, :sinks], r.index_select(1, slots)], 1) for s, r in ((self.sink_k, self.ring_k), (self.sink_v, self.ring_v))
-        )
+        start = (position - self.sinks - ring) % self.window
+        ends = start, min(start + ring, self.window), max(start + ring - self.window, 0)
+
+        def joined(sink: Tensor, held: Tensor, more: Sequence[Tensor]) -> Tensor:
+            return torch.cat([sink[:, :sinks], held[:, ends[0] : ends[1]], held[:, : ends[2]], *more], 1)
+
+        more = ((), ()) if then is None else ((then[0],), (then[1],))
+        return joined(self.sink_k, self.ring_k, more[0]), joined(self.sink_v, self.ring_v, more[1])
 
     @torch.no_grad()
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:

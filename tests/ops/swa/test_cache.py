@@ -296,3 +296,17 @@ def test_a_fault_fails_the_split_comparison(fault, monkeypatch):
     monkeypatch.setattr(cache_module, "_put", faulty)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(segments(x, [0, 2, 11, 12, 30], 5, 3, "chunk"), want)
+
+
+@pytest.mark.parametrize("before", [0, 2, 5, 11, 30])
+def test_keys_values_with_a_segment_behind_them(before):
+    """At a position that the caller knows, and with the segment's own tokens set behind what is held."""
+    k, v = torch.randn(2, 2, before + 7, 2, 4)
+    cache = WindowCache.empty(2, 2, 4, window=6, sinks=3, dtype=torch.float32, device="cpu")
+    cache.append(k[:, :before], v[:, :before])
+    more = k[:, before:], v[:, before:]
+    for held, joined, x in zip(cache.keys_values(), cache.keys_values(before, then=more), more, strict=True):
+        assert torch.equal(joined, torch.cat([held, x], 1))
+    for held, x in zip(cache.keys_values(), (k, v), strict=True):
+        first = max(before - 6, 3)
+        assert torch.equal(held, torch.cat([x[:, : min(before, 3)], x[:, first:before]], 1))
