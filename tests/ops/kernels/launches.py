@@ -123,6 +123,13 @@ def inference() -> None:
         launch.heads(empty(B, 4096, dtype=dtype), (head, head, 1e-6), (16, 8), 128, (cos, cos), (cos, cos))
 
 
+def training() -> None:
+    from allmem_ops.training.launch_kl import kl_rows
+
+    for dtype, grad in ((HALF, True), (SINGLE, True), (HALF, False)):
+        kl_rows(empty(1024, 49152), empty(1024, 49152), empty(1024, dtype=torch.bool), dtype, grad)
+
+
 def main() -> None:
     op, gpu = sys.argv[1:]
     with absent_gpu(gpu) as launched:

@@ -17,7 +17,7 @@ import pytest
 
 HERE = Path(__file__).parent
 RECORD = HERE / "spills.json"
-OPERATORS = ("swa", "ttt_mlp", "gated_fusion", "memory_input", "rotary", "inference")
+OPERATORS = ("swa", "ttt_mlp", "gated_fusion", "memory_input", "rotary", "inference", "training")
 GPUS = ("sm80", "sm90", "sm100")
 SHARED_BYTES = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}  # the most that one program can have
 
