@@ -63,6 +63,7 @@ def test_contests_call_the_step_of_each(monkeypatch):
     small = inference.build_model(shape, tiny_config(), "cpu", torch.float32)
     monkeypatch.setattr(inference, "_model", lambda name: small)
     monkeypatch.setattr(inference, "flex", sdpa)
+    monkeypatch.setattr(inference, "LONG", 40)
     calls = inference._steps("tiny", 2, 40, True, True)["step"]
     assert set(calls) == {OURS, inference.AT_8K, inference.SDPA, inference.FLEX}
     for call in calls.values():
@@ -95,3 +96,13 @@ def test_a_stream_is_measured_and_judged():
         verdicts = inference.judge_stream(stream, good | change, "NVIDIA H100 80GB HBM3")
         assert [v["gate"] for v in verdicts if not v["passed"]] == [gate]
     assert len(inference.judge_stream(dataclasses.replace(stream, least=None), good, "NVIDIA H100")) == 2
+
+
+def test_greedy_tokens_are_compared_with_one_pass(monkeypatch):
+    model = inference.build_model(tiny_model("qwen3").config, tiny_config(), "cpu", torch.float32)
+    found = inference.greedy_against_one_pass(model, tokens(1, 20), 30)
+    assert found["largest_gap"] < 1e-4 * found["logits_rms"] and found["tokens"] == 30 and found["distinct_tokens"] > 3
+    model.generation_config.eos_token_id = None
+    monkeypatch.setattr(inference.Decoder, "generate", lambda self, count: tokens(1, count, seed=3))
+    wrong = inference.greedy_against_one_pass(model, tokens(1, 20), 30)
+    assert wrong["first_divergence"] < 3 and wrong["divergences"] > 20
