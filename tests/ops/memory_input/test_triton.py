@@ -123,6 +123,17 @@ def test_model_sizes(heads: int, width: int, gates: int, lengths: tuple | None):
     check(case, case.inputs(torch.bfloat16, torch.float32))
 
 
+def test_small_and_large_rates_keep_their_digits():
+    case = Case(batch=1, tokens=8, heads=2, width=4)
+    x = {n: v.detach() for n, v in case.inputs(torch.float32).items()}
+    logits = x["projected"][..., case.channels :]
+    logits.copy_(torch.linspace(-30, 30, logits.numel()).view_as(logits))
+    x["head_bias"].zero_()
+    eta = case.call({n: v.to(DEVICE) for n, v in x.items()}, "triton").eta.cpu().double()
+    want = torch.nn.functional.softplus(logits[..., : 3 * case.heads].double(), threshold=50).view_as(eta)
+    torch.testing.assert_close(eta, want, rtol=5e-6, atol=0)  # log(1 + e^x) as it stands is 1e-3 off at -9 and 0 from -17 on
+
+
 def _step(case: Case, x: dict, state: ConvTail, impl: str, active=None):
     rest = {"q_norm": x["q_norm"], "k_norm": x["k_norm"], "heads": case.heads, "l2_eps": case.l2_eps}
     return outputs_of(memory_input_step(x["projected"], x["conv_weight"], x["head_bias"], state, active=active, impl=impl, **rest))
