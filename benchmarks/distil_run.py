@@ -3,12 +3,13 @@
     python -m benchmarks.distil_data --output DATA                                   # once: the token files
     python -m benchmarks.distil_run --data DATA --output OUT --seconds 380           # again and again, until it says "finished"
     python -m benchmarks.distil_run --data DATA --output OUT --tokens 4e6 --name post_write --norm post_write
+    python -m benchmarks.distil_run --data DATA --output OUT --tokens 4e6 --seconds 560 --arms benchmarks/distil_arms.txt
 
-One arm a call. OUT/NAME-seedN/ holds what `allmem_ops.training.train` writes (log.jsonl, checkpoints/, memory/) and result.json:
-settings, card, tokens a second, peak memory, and held-out loss and KL beyond the window for full attention, window + the same
-sinks, the arm, and the arm with its writes off. The recipe: windows and chunks drawn from 256 to 2048 (no chunk longer than its
-window), sinks from 0 to 128, forward KL over all positions, AdamW, WSD. A stopped run goes on exactly where it was;
-`benchmarks.carry` takes a run to another machine. Arms:
+An arms file has an arm a line, its name and its flags; what has finished is passed over. OUT/NAME-seedN/ holds what
+`allmem_ops.training.train` writes (log.jsonl, checkpoints/, memory/) and result.json: settings, card, tokens a second, peak
+memory, and held-out loss and KL beyond the window for full attention, window + the same sinks, the arm, and the arm with its
+writes off. The recipe: windows and chunks drawn from 256 to 2048 (no chunk longer than its window), sinks from 0 to 128, forward
+KL over all positions, AdamW, WSD. A stopped run goes on exactly where it was; `benchmarks.carry` takes a run to another machine. Arms:
 
     --no-writes            eta = 0: an adapter beside the window
     --norm post_write      the weights normalised after the write (--norm none: not at all)
@@ -20,10 +21,12 @@ window), sinks from 0 to 128, forward KL over all positions, AdamW, WSD. A stopp
 """
 
 import argparse
+import copy
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,7 @@ MARGIN = 20.0
 WINDOWS = ((512, 256), (1024, 512))  # window and chunk of the scores; 64 sinks
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--data", type=Path, required=True, help="folder of benchmarks.distil_data")
@@ -55,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, help="of this whole call; it stops in time to save")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--arms", type=Path, help="a file of arms, run one after the other until --seconds have passed")
     parser.add_argument("--score-rows", type=int, default=16, help="held-out rows scored at the end; 0: none")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--tokens", type=float, default=20_054_016)
@@ -79,11 +83,12 @@ def arguments() -> argparse.Namespace:
     arm.add_argument("--memory", choices=("allmem", "linear"), default="allmem")
     arm.add_argument("--eta-init", type=float, default=AllMemConfig.eta_init)
     arm.add_argument("--impl", choices=("auto", "chunk"), default="auto")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def build(options: argparse.Namespace) -> Any:
-    model = load_smollm2(options.weights, torch.bfloat16 if options.device.startswith("cuda") else torch.float32, options.device)
+def build(base: Any, options: argparse.Namespace) -> Any:
+    """The arm's model, on a copy of the base weights."""
+    model = copy.deepcopy(base)
     torch.manual_seed(options.seed)
     (window, chunk), layers = WINDOWS[0], model.config.num_hidden_layers
     config = AllMemConfig(
@@ -138,7 +143,30 @@ def scores(model: Any, rows: torch.Tensor, options: argparse.Namespace) -> dict[
 
 def main() -> None:
     started = time.perf_counter()
-    options = arguments()
+    words = sys.argv[1:]
+    options = arguments(words)
+    base = load_smollm2(options.weights, torch.bfloat16 if options.device.startswith("cuda") else torch.float32, options.device)
+    lines = [["--name", options.name]]
+    if options.arms:
+        lines = [["--name", *line.split()] for line in options.arms.read_text().splitlines() if line.strip()]
+    for line in lines:
+        one = arguments([*words, *line])
+        left = None if options.seconds is None else options.seconds - (time.perf_counter() - started)
+        if left is not None and left < 2 * MARGIN and line is not lines[0]:
+            print(f"{one.name}: not started, {left:.0f} s are left", flush=True)
+            continue
+        run_arm(base, one, left)
+        if options.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def run_arm(base: Any, options: argparse.Namespace, seconds: float | None) -> None:
+    started = time.perf_counter()
+    output = options.output / f"{options.name}-seed{options.seed}"
+    if (output / "result.json").is_file() and json.loads((output / "result.json").read_text())["finished"]:
+        print(f"{output.name}: finished before", flush=True)
+        return
     rows = TokenRows.load(options.data / "train.npy", length=options.length, seed=options.seed)
     steps = int(options.tokens) // (options.rows * options.length)
     recipe = Recipe(
@@ -152,8 +180,7 @@ def main() -> None:
         chunk_size=tuple(options.chunk),
         seed=options.seed,
     )
-    output = options.output / f"{options.name}-seed{options.seed}"
-    model = build(options)
+    model = build(base, options)
     if options.compile:
         compile_blocks(model)
     run = Distillation(model, recipe)
@@ -173,7 +200,8 @@ def main() -> None:
                   f"{now - started:.0f} s", flush=True)  # fmt: skip
             at[:] = [now, 0]
 
-    seconds = None if options.seconds is None else max(1.0, options.seconds - MARGIN - (time.perf_counter() - started))
+    if seconds is not None:
+        seconds = max(1.0, seconds - MARGIN - (time.perf_counter() - started))
     with nullcontext() if options.writes else memory_mode(model, "no_writes"):
         outcome = train(run, rows, rows_per_step=options.rows, output=output, seconds=seconds, save_every=options.save_every, on_step=show)
     result = {
