@@ -111,6 +111,8 @@ def _mixer(model: str, T: int, forward: list[Gate], both: list[Gate], quarter: b
         "token_mixer", f"{model}-T{T}", functools.partial(build),
         work=work(T), work_of={SDPA: work(T, full=True), FLEX: work(T, full=True), QUARTER: work(T // 4)},
         gates={H100: {"forward": forward, "forward and backward": both}},
+        # Launched one by one, a short sequence is as slow as the host that launches it.
+        graph=frozenset(("forward", "forward and backward")) if T <= 8192 else frozenset(), as_called=T <= 8192,
     )  # fmt: skip
 
 
