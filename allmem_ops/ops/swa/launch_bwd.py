@@ -16,7 +16,7 @@ from allmem_ops.ops.kernels.configs import Config, Table, choose
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
 from allmem_ops.ops.kernels.launcher import launch, unchecked
 from allmem_ops.ops.swa import launch_bwd_hopper as hopper
-from allmem_ops.ops.swa.kernels.bwd import ROW_TILE, swa_bwd_dkdv_kernel, swa_bwd_dq_kernel, swa_bwd_rows_kernel
+from allmem_ops.ops.swa.kernels.bwd import ROW_TILE, swa_bwd_dkdv_kernel, swa_bwd_dq_kernel
 from allmem_ops.ops.swa.launch import describable, descriptor, padded_head_dim
 
 # Shape class: (head dim rounded up to a power of two, bytes of an element). float32 is computed without tensor cores.
@@ -38,7 +38,6 @@ DKDV_CONFIGS: Table = {
     ("sm90", (64, 2)): [Config({"BM": 64, "BN": 64}, 4, 2)],
     ("sm90", (128, 2)): [Config({"BM": 64, "BN": 64}, 4, 2)],
 }
-ROWS_CONFIG = Config({"BM": 64}, 4, 1)
 
 
 def swa_triton_backward(
@@ -56,16 +55,20 @@ def swa_triton_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dq_sinks (of size 0 without `q_sinks`), contiguous and in q's dtype."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dq_sinks = q.new_empty(0) if q_sinks is None else torch.empty_like(dq)
     if not q.numel():
         return dq, dk.zero_(), dv.zero_(), dq_sinks
     call = Call(q, k, v, do, cu_seqlens, window, sinks, scale)
     q_far = q if q_sinks is None else q_sinks
     if hopper.serves(call):
-        call.fill_rows(o, lse, dlse)
-        acc = hopper.window_pairs(call, dk, dv, call.far_dkdv(q_far, hopper.FAR_CONFIG))
-        call.dq(q, dq, acc=acc, far=q_sinks is None)
+        call.starts = True
+        turn = hopper.fill_rows(call, o, lse, dlse)
+        acc = hopper.window_pairs(call, turn, dk, dv, call.far_dkdv(q_far, hopper.FAR_CONFIG))
+        if call.sinks and q_sinks is None:
+            call.dq(q, dq, acc=acc, far=True)
+        else:
+            hopper.round_dq(call, acc, dq)
     else:
         call.dq(q, dq, saved=(o, lse, dlse), far=q_sinks is None)
         config = call.dkdv_config()
@@ -99,6 +102,7 @@ class Call:
         self.BD = padded_head_dim(self.D)
         self.gpu = gpu_class(q.device)
         self.packed = cu_seqlens is not None
+        self.starts = False  # whether `rows` has the Hopper kernel's terms
         self.shape_class = self.BD, q.element_size()
         row_tiles = self.slots(self.Tq, ROW_TILE.value)
         self.rows = torch.empty(2, self.B, self.HQ, row_tiles * ROW_TILE.value, dtype=torch.float32, device=q.device)
@@ -114,6 +118,7 @@ class Call:
             "D": self.D,
             "BD": self.BD,
             "HALF": self.q.element_size() == 2,
+            "STARTS": self.starts,
             "PACKED": self.packed,
             "B": self.B,
         }
@@ -148,24 +153,6 @@ class Call:
     def _operands(self, tma: bool, **pairs: tuple[Tensor, int]) -> dict[str, Any]:
         """Tensors with the rows of their tiles, as the kernels read them."""
         return {name: descriptor(x, tile, self.BD) if tma else x for name, (x, tile) in pairs.items()}
-
-    def fill_rows(self, o: Tensor, lse: Tensor, dlse: Tensor) -> None:
-        self._launch(
-            swa_bwd_rows_kernel,
-            self.rows.shape[3] // ROWS_CONFIG.constants["BM"] * self.HQ,
-            ROWS_CONFIG,
-            o=o,
-            do=self.do,
-            lse=lse,
-            dlse=dlse,
-            rows=self.rows,
-            **_strides(o=o, g=self.do),
-            **_strides("bth", l=lse, e=dlse),
-            **self._common(),
-            T=self.Tq,
-            P=self.rows.shape[3],
-            HQ=self.HQ,
-        )
 
     def dq(
         self, q: Tensor, dq: Tensor, *, far: bool, saved: tuple[Tensor, Tensor, Tensor] | None = None, acc: Tensor | None = None

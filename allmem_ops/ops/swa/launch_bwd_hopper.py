@@ -1,4 +1,4 @@
-"""Launch of the Hopper form of the `swa` backward (kernels/hopper_bwd.py), and which calls it serves."""
+"""Launch of the Hopper form of the `swa` backward (kernels/hopper_bwd.py) and the two kernels around it, and which calls it serves."""
 
 from typing import TYPE_CHECKING
 
@@ -8,8 +8,9 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from allmem_ops.ops.kernels.configs import Config, Table, choose
-from allmem_ops.ops.kernels.device import interpreted
-from allmem_ops.ops.kernels.launcher import launch, pointer_class, unchecked
+from allmem_ops.ops.kernels.device import interpreted, sm_count
+from allmem_ops.ops.kernels.launcher import launch, pointer_class, stride_class, unchecked
+from allmem_ops.ops.swa.kernels.bwd import swa_bwd_out_kernel, swa_bwd_rows_kernel
 from allmem_ops.ops.swa.kernels.hopper_bwd import swa_bwd_hopper_kernel
 from allmem_ops.ops.swa.launch import LOG2E, describable
 
@@ -17,18 +18,20 @@ if TYPE_CHECKING:
     from allmem_ops.ops.swa.launch_bwd import Call, FarSums
 
 _HALF = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+_NARROW = NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=4)
 _SINGLE = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)
 _LINE = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
 
-KEYS = 128  # of a program: two warpgroups of 64
+ROWS, KEYS = 64, 128  # queries of a tile, keys of a program: two warpgroups of 64
 
-# By head dim. A tile of queries and its parts of dq are 64 x 128 or 128 x 64.
+# By head dim.
 TABLE: Table = {
-    ("sm90", 128): [Config({"BM": 64, "REGISTERS": 240}, 4, 1)],
-    ("sm90", 64): [Config({"BM": 128, "REGISTERS": 240}, 4, 1)],
+    ("sm90", 128): [Config({"REGISTERS": 240, "STAGES": 2, "SLOTS": 1}, 4, 1)],
+    ("sm90", 64): [Config({"REGISTERS": 240, "STAGES": 3, "SLOTS": 2}, 4, 1)],
 }
 # Of the kernel that leaves the far sinks' sums, which must have this form's tiles of keys.
 FAR_CONFIG = Config({"BM": 64, "BN": KEYS}, 8, 2)
+_SMALL = {"num_warps": 4, "num_stages": 1}  # of the kernels around
 
 
 def serves(call: "Call") -> bool:
@@ -38,31 +41,62 @@ def serves(call: "Call") -> bool:
         and call.gpu == "sm90"
         and call.q.dtype in (torch.bfloat16, torch.float16)
         and call.D in (64, 128)
+        and call.scale > 1e-18  # `rows` holds lse / scale
         and all(map(describable, (call.q, call.k, call.v, call.do)))
     )
 
 
-def window_pairs(call: "Call", dk: Tensor, dv: Tensor, far: "FarSums") -> Tensor:
+def fill_rows(call: "Call", o: Tensor, lse: Tensor, dlse: Tensor) -> Tensor:
+    """Write `call.rows` as the Hopper kernel reads them; returns the zeros that the Hopper kernel counts with."""
+    P, do, cu_seqlens = call.rows.shape[3], call.do, call.cu_seqlens
+    turn = torch.empty(1 + call.B * call.HQ * (P // ROWS), dtype=torch.int32, device=do.device)
+    args = (
+        o,
+        do,
+        lse,
+        dlse,
+        call.rows,
+        turn,
+        cu_seqlens,
+        *o.stride(),
+        *do.stride(),
+        *lse.stride(),
+        *dlse.stride(),
+        call.sequences,
+        call.Tq,
+        P,
+        call.scale,
+        call.B,
+        call.HQ,
+        call.D,
+        call.packed,
+        ROWS,
+    )
+    key = call.D, *map(pointer_class, (o, do, lse, dlse, cu_seqlens)), stride_class(o), stride_class(do)
+    launch(swa_bwd_rows_kernel, key, do.device, P // ROWS * call.HQ * call.B, args, _SMALL)
+    return turn
+
+
+def window_pairs(call: "Call", turn: Tensor, dk: Tensor, dv: Tensor, far: "FarSums") -> Tensor:
     """Write dk and dv, the sums of the far sinks included; returns dq of the window pairs, unscaled, fp32 [B, HQ, P, D]."""
     config = choose("swa_bwd_hopper", TABLE, call.gpu, call.D)
-    BM, D, P = config.constants["BM"], call.D, call.rows.shape[3]
+    D, P = call.D, call.rows.shape[3]
     acc = torch.empty(call.B, call.HQ, P, D, dtype=torch.float32, device=dk.device)
-    tiles = P // BM
-    # The ticket first, and the turns where they are aligned to 16 bytes too.
-    zeros = torch.zeros(4 + call.B * call.HQ * tiles, dtype=torch.int32, device=dk.device)
     slots = call.slots(call.Tk, KEYS)
+    k = _descriptor(call.k, [1, ROWS, 1, D])
     args = (
-        _descriptor(call.q, [1, BM, 1, D]),
-        *(_descriptor(x, [1, 64, 1, D]) for x in (call.k, call.v)),
-        _descriptor(call.do, [1, BM, 1, D]),
-        _descriptor(call.rows, [1, 1, 1, BM], _LINE),
-        _descriptor(acc, [1, 1, 64, 64], _SINGLE),
-        *(_descriptor(x, [1, 64, 1, D]) for x in (dk, dv)),
+        _descriptor(call.q, [1, ROWS, 1, D]),
+        k,
+        _descriptor(call.v, [1, ROWS, 1, D]),
+        _descriptor(call.do, [1, ROWS, 1, D]),
+        _descriptor(call.rows, [1, 1, 1, ROWS], _LINE),
+        _descriptor(acc, [1, 1, ROWS, D // 2], _SINGLE),
+        *(_descriptor(x, [1, ROWS, 1, D]) for x in (dk, dv)),
+        _descriptor(call.k, [1, ROWS, 1, 32], _NARROW) if D == 64 else k,
         dk,
         dv,
         far.part,
-        zeros[4:],
-        zeros,
+        turn,
         call.cu_seqlens,
         *dk.stride()[:3],
         call.Tq,
@@ -71,16 +105,16 @@ def window_pairs(call: "Call", dk: Tensor, dv: Tensor, far: "FarSums") -> Tensor
         call.sinks,
         call.sequences,
         slots,
-        tiles,
+        P // ROWS,
         far.splits,
         far.slots,
         call.scale,
         call.scale * LOG2E,
         call.HK,
         call.HQ // call.HK,
+        *_order(call),
         D,
-        BM,
-        config.constants["REGISTERS"],
+        *config.constants.values(),
     )
     options = config.launch_options()
     strides = [s < 2**31 for s in dk.stride()[:3]]
@@ -89,7 +123,29 @@ def window_pairs(call: "Call", dk: Tensor, dv: Tensor, far: "FarSums") -> Tensor
     return acc
 
 
+def round_dq(call: "Call", acc: Tensor, dq: Tensor) -> None:
+    """Write dq from `acc`, where no far sinks come to it."""
+    args = (acc, dq, call.cu_seqlens, call.sequences, call.Tq, acc.shape[2], call.scale, call.B, call.HQ, call.D, call.packed, ROWS)
+    key = dq.dtype, call.D, pointer_class(call.cu_seqlens)
+    launch(swa_bwd_out_kernel, key, dq.device, call.slots(call.Tq, ROWS) * call.HQ * call.B, args, _SMALL)
+
+
+def _order(call: "Call") -> tuple[int, int]:
+    """(`heads`, `in_turn`) of the kernel: how many heads to walk side by side.
+
+    More of them put more time between the additions to a tile of dq, and read more at a time: 8 D bytes (q, dO and dq) a head for each
+    token of the key tiles in work and of the window before them. D = 64 gains 15 % while that stays in the L2, D = 128 nothing.
+    """
+    if call.D == 128:
+        return 1, 0
+    tokens = sm_count(call.q.device) * KEYS + call.HK * call.window
+    if tokens * 8 * call.D > 32e6:
+        return 1, 0
+    return call.HK, int(tokens * 8 * call.D * (call.HQ // call.HK) <= 64e6)
+
+
 def _descriptor(x: Tensor, block: list[int], layout: NVMMASharedLayout = _HALF) -> TensorDescriptor:
-    # The stride of a dimension of one element means nothing, and need not be a multiple of 16 bytes.
-    strides = [16 if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride(), strict=False)]
-    return unchecked(TensorDescriptor, base=x, shape=x.shape, strides=[*strides, 1], block_shape=block, layout=layout)
+    (n_0, n_1, n_2, _), (s_0, s_1, s_2, _) = shape, strides = x.shape, x.stride()
+    if n_0 == 1 or n_1 == 1 or n_2 == 1:  # such a dimension's stride means nothing, and need not be a multiple of 16 bytes
+        strides = (16 if n_0 == 1 else s_0, 16 if n_1 == 1 else s_1, 16 if n_2 == 1 else s_2, 1)
+    return unchecked(TensorDescriptor, base=x, shape=shape, strides=strides, block_shape=block, layout=layout)

@@ -285,36 +285,54 @@ def test_hopper_packed(cuts, hopper):
     check(make(cuts[-1], D=64, dtype=torch.float16), 50, 13, cu_seqlens=cuts, scale=0.125)
 
 
+@cpu
+@pytest.mark.parametrize("order", [(1, 1), (2, 0), (2, 1)], ids=str)
+@pytest.mark.parametrize("D", [64, 128])
+def test_hopper_orders(order, D, hopper, monkeypatch):
+    monkeypatch.setattr(launch_bwd_hopper, "_order", lambda _: order)
+    check(make(150, HQ=4, HK=2, B=2, D=D, dtype=torch.float16), 70, 9, scale=D**-0.5)
+
+
+WAIT = "b_dq, b_dv, b_dk, b_p, b_ds = warpgroup_mma_wait(0, deps=(b_dq, b_dv, b_dk, b_p, b_ds))\n"
 HOPPER_FAULTS = {
-    "first part not stored": ("if rank == 0:", "if rank == 1:"),
-    "order of the tiles": ("return i_m - 1, i_g", "return i_m - 0, i_g"),
-    "the other warpgroup's dS not awaited": ("mbarrier.wait(ds_full.index(stage), phase)", ""),
-    "a slot of queries given back twice": (
-        "mbarrier.arrive(do_free.index(stage), count=1)",
-        "mbarrier.arrive(do_free.index(stage), count=2)",
-    ),
-    "a slot of queries given back before its use": (
+    "first part not stored": (128, "if rank == 0:", "if rank == 1:"),
+    "order of the tiles": (128, "i_m = last - 1 - gl.where", "i_m = last - gl.where"),
+    "the other warpgroup's dS not awaited": (128, "mbarrier.wait(ds_full.index(slot), ring)", ""),
+    "the other warpgroup's dS not awaited, 64": (64, "mbarrier.wait(ds_full.index(slot), ring)", ""),
+    "queries given back twice": (128, "mbarrier.arrive(do_free.index(stage), count=1)", "mbarrier.arrive(do_free.index(stage), count=2)"),
+    "queries given back before their use": (
+        128,
         "        b_dq, b_dv, b_p = warpgroup_mma_wait(1, deps=(b_dq, b_dv, b_p))\n",
         "        b_dq, b_dv, b_p = warpgroup_mma_wait(2, deps=(b_dq, b_dv, b_p))\n",
     ),
-    "dq_free never given": ("mbarrier.arrive(dq_free.index((t & 1) * 2 + w), count=1)", "pass"),
-    "the turn not passed on": ("_pass_turn(p_turn, rank + 1)", "_pass_turn(p_turn, rank)"),
-    "mask dropped": ("if (i_m < masked_before) | (i_m >= masked_from):", "if i_m < 0:"),
-    "halves of K swapped": ("k_panels.index(2 * w + W if D == 128", "k_panels.index(2 * W + w if D == 128"),
-    "far sums dropped": ("if splits > 0:", "if splits < 0:"),
+    "queries given back before their use, 64": (
+        64,
+        f"{WAIT}            mbarrier.arrive(do_free.index(before), count=1)\n            mbarrier.arrive(q_free.index(before), count=1)\n",
+        f"mbarrier.arrive(do_free.index(before), count=1)\n            mbarrier.arrive(q_free.index(before), count=1)\n            {WAIT}",
+    ),
+    "products not awaited, 64": (64, "scale_log2, dtype, 4)", "scale_log2, dtype, 5)"),
+    "dq_free never given": (128, "mbarrier.arrive(dq_free.index(slot * 2 + w), count=1)", "pass"),
+    "the turn not passed on": (128, "_pass_turn(p_turn, rank + 1)", "_pass_turn(p_turn, rank)"),
+    "mask dropped": (128, "if (i_m < masked_before) | (i_m >= masked_from):", "if i_m < 0:"),
+    "halves of K swapped": (128, "k_panels.index(2 * w + W)", "k_panels.index(2 * W + w)"),
+    "halves of K swapped, 64": (64, "s_half.index(2 * w + W)", "s_half.index(2 * W + w)"),
+    "the last tile left out, 64": (64, "for _ in range(1, count):", "for _ in range(2, count):"),
+    "far sums dropped": (128, "if splits > 0:", "if splits < 0:"),
 }
 
 
 @cpu
 @pytest.mark.parametrize("fault", HOPPER_FAULTS.values(), ids=HOPPER_FAULTS.keys())
 def test_hopper_faults_are_found(fault, hopper):
+    D, before, after = fault
+
     def edit(source):
-        assert fault[0] in source
-        return source.replace(*fault)
+        assert before in source
+        return source.replace(before, after)
 
     hopper(edit)
     with pytest.raises((AssertionError, IndexError)):
-        check(make(300, D=128, dtype=torch.float16), 100, 9, scale=128**-0.5)
+        check(make(300, D=D, dtype=torch.float16), 100, 9, scale=D**-0.5)
 
 
 @gpu

@@ -205,12 +205,14 @@ def swa_bwd_dq_kernel(
     FAR: tl.constexpr,
     ACC: tl.constexpr,
     HALF: tl.constexpr,
+    STARTS: tl.constexpr,
     PACKED: tl.constexpr,
     TMA: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     """dq of one query tile and head: a loop over the far sink tiles (FAR) and the window tiles (NEAR). NEAR also writes `rows`.
+    STARTS: `rows` is that of the Hopper kernel.
 
     ACC: on top of what `acc` fp32 [B, HQ, P, BD] holds, the unscaled dq of the window pairs.
     """
@@ -249,6 +251,9 @@ def swa_bwd_dq_kernel(
         else:
             b_lse = tl.load(p_rows)
             b_delta = tl.load(p_rows + s_rows)
+            if STARTS:
+                b_lse *= -(scale * LOG2E)
+                b_delta = -b_delta
         b_q = load_tile(q, i_b, i0, i_hq, s_qb, s_qt, s_qh, s_qd, bos, Tq, BM, D, BD, TMA)
         i1 = start + tl.minimum(i0 + BM, Tq)
         sink_full, sink_end, left, full, diag, end = query_tiles(start + i0, i1, window, sinks, BN)
@@ -277,59 +282,86 @@ def swa_bwd_dq_kernel(
     store_tile(dq, b_dq * scale, i_b, i0, i_hq, s_dqb, s_dqt, s_dqh, bos, Tq, BM, D, BD)
 
 
-@triton.jit(do_not_specialize=["N", "T", "P", "B", "HQ"], do_not_specialize_on_alignment=["N", "T", "P", "B", "HQ"])
+UNSPECIALIZED = ["N", "T", "P", "B", "HQ", "s_lb", "s_lt", "s_lh", "s_eb", "s_et", "s_eh"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNSPECIALIZED)
 def swa_bwd_rows_kernel(
     o,
     do,
     lse,
     dlse,
     rows,
+    turn,
     cu_seqlens,
-    s_ob,
-    s_ot,
-    s_oh,
-    s_od,
-    s_gb,
-    s_gt,
-    s_gh,
-    s_gd,
-    s_lb,
-    s_lt,
-    s_lh,
-    s_eb,
-    s_et,
-    s_eh,
+    s_ob: tl.int64,
+    s_ot: tl.int64,
+    s_oh: tl.int64,
+    s_od: tl.int64,
+    s_gb: tl.int64,
+    s_gt: tl.int64,
+    s_gh: tl.int64,
+    s_gd: tl.int64,
+    s_lb: tl.int64,
+    s_lt: tl.int64,
+    s_lh: tl.int64,
+    s_eb: tl.int64,
+    s_et: tl.int64,
+    s_eh: tl.int64,
     N,
     T,
     P,
+    scale,
     B,
     HQ,
     D: tl.constexpr,
-    BD: tl.constexpr,
-    HALF: tl.constexpr,
     PACKED: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """`rows`, where no kernel of dq comes before that of dk and dv."""
-    i_b = tl.program_id(0) % B
-    i_hq = tl.program_id(0) // B % HQ
-    slot = tl.program_id(0) // B // HQ
+    """What the Hopper kernel starts from: `rows` as its products begin with them, -lse / scale and -delta, padded with (-inf, 0), and zeros
+    in what it counts with, `turn` int32 [1 + B * HQ * P / BM].
+    """
+    pid = tl.program_id(0)
+    i_b = pid % B
+    i_hq = pid // B % HQ
+    slot = pid // B // HQ
     if PACKED:
-        i_n, bos, T, i_m = sequence_of_slot(cu_seqlens, N, T, slot // (ROW_TILE // BM), ROW_TILE)
-        r0 = (bos // ROW_TILE + i_n) * ROW_TILE
+        _, bos, T, i_m = sequence_of_slot(cu_seqlens, N, T, slot // (ROW_TILE // BM), ROW_TILE)
         i0 = i_m * ROW_TILE + slot % (ROW_TILE // BM) * BM
     else:
         bos = 0
-        r0 = 0
         i0 = slot * BM
-    b_do = load_tile(do, i_b, i0, i_hq, s_gb, s_gt, s_gh, s_gd, bos, T, BM, D, BD, False)
+    b_do = load_tile(do, i_b, i0, i_hq, s_gb, s_gt, s_gh, s_gd, bos, T, BM, D, D, False)
     b_lse, b_delta, _ = row_terms(
-        b_do, o, lse, dlse, i_b, i0, i_hq, s_ob, s_ot, s_oh, s_od, s_lb, s_lt, s_lh, s_eb, s_et, s_eh, bos, T, HALF, BM, D, BD, False
+        b_do, o, lse, dlse, i_b, i0, i_hq, s_ob, s_ot, s_oh, s_od, s_lb, s_lt, s_lh, s_eb, s_et, s_eh, bos, T, True, BM, D, D, False
     )
-    p_rows = rows + (tl.cast(i_b, tl.int64) * HQ + i_hq) * P + r0 + i0 + tl.arange(0, BM)
-    m_rows = r0 + i0 + tl.arange(0, BM) < P
-    tl.store(p_rows, b_lse, mask=m_rows)
-    tl.store(p_rows + tl.cast(B, tl.int64) * HQ * P, b_delta, mask=m_rows)
+    i_row = tl.cast(i_b * HQ + i_hq, tl.int64)
+    p_rows = rows + i_row * P + slot * BM + tl.arange(0, BM)
+    tl.store(p_rows, b_lse * (-1.0 / (LOG2E * scale)))
+    tl.store(p_rows + tl.cast(B, tl.int64) * HQ * P, -b_delta)
+    tl.store(turn + 1 + i_row * (P // BM) + slot, 0)
+    if pid == 0:
+        tl.store(turn, 0)
+
+
+@triton.jit(do_not_specialize=["N", "T", "P", "B", "HQ"], do_not_specialize_on_alignment=["N", "T", "P", "B", "HQ"])
+def swa_bwd_out_kernel(acc, dq, cu_seqlens, N, T, P, scale, B, HQ, D: tl.constexpr, PACKED: tl.constexpr, BM: tl.constexpr):
+    """dq, contiguous [B, T, HQ, D], from the unscaled `acc` fp32 [B, HQ, P, D]."""
+    i_b = tl.program_id(0) % B
+    i_hq = tl.program_id(0) // B % HQ
+    i_m = tl.program_id(0) // B // HQ
+    s_b = tl.cast(T, tl.int64) * HQ * D
+    if PACKED:
+        i_n, bos, T, i_m = sequence_of_slot(cu_seqlens, N, T, i_m, BM)
+        r0 = (bos // ROW_TILE + i_n) * ROW_TILE
+    else:
+        bos = 0
+        r0 = 0
+    i0 = i_m * BM
+    if i0 < T:
+        o_acc = (tl.cast(i_b, tl.int64) * HQ + i_hq) * P + r0 + i0 + tl.arange(0, BM)
+        b_dq = tl.load(acc + o_acc[:, None] * D + tl.arange(0, D)[None, :])
+        store_tile(dq, b_dq * scale, i_b, i0, i_hq, s_b, HQ * D, D, bos, T, BM, D, D)
 
 
 @triton.jit
@@ -404,6 +436,7 @@ def swa_bwd_dkdv_kernel(
     BD: tl.constexpr,
     FAR: tl.constexpr,
     HALF: tl.constexpr,
+    STARTS: tl.constexpr,
     PACKED: tl.constexpr,
     TMA: tl.constexpr,
     BM: tl.constexpr,
@@ -472,6 +505,9 @@ def swa_bwd_dkdv_kernel(
         b_do = load_tile(do, i_b, i0, i_hq, s_gb, s_gt, s_gh, s_gd, bos, Tq, BM, D, BD, TMA)
         b_lse = tl.reshape(rows.load([0, i_b, i_hq, r0 + i0]), (BM,))
         b_delta = tl.reshape(rows.load([1, i_b, i_hq, r0 + i0]), (BM,))
+        if STARTS:
+            b_lse *= -(scale * LOG2E)
+            b_delta = -b_delta
         # [BN, BD] @ [BD, BM] -> [BN, BM]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
         b_p = probabilities(b_s, b_lse[None, :], scale, HALF)

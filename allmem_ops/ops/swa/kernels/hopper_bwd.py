@@ -8,7 +8,7 @@ that loads and a warp that adds.
 Order of the additions to a tile of `acc`: by key tile, so the sum is the same in every run. `turn` counts the additions of each tile; a
 program adds when all key tiles before its own have. It walks from the last query tile back to the first: the program of the key tile
 before is then two or more query tiles ahead at the same time, and nobody waits. Programs take their key tile from a counter
-(`ticket`), so a program only ever waits for programs that have started.
+(the first of `turn`), so a program only ever waits for programs that have started.
 """
 
 from triton.experimental import gluon
@@ -20,7 +20,7 @@ from allmem_ops.ops.swa import geometry
 
 key_tiles = gluon.jit(geometry.key_tiles)
 
-ROWS = gl.constexpr(64)  # keys of a warpgroup, and the rows and columns of a part of dq
+ROWS = gl.constexpr(64)  # keys of a warpgroup, queries of a tile, rows of a part of dq
 KEYS = gl.constexpr(128)
 ROW_TILE = gl.constexpr(128)
 
@@ -67,7 +67,7 @@ def _await_turn(p_turn, rank, count):
         ld.acquire.gpu.global.b32 count, [$1];
         bra WAIT;
         DONE:
-        fence.proxy.async;
+        fence.proxy.async.global;
         mov.b32 $0, count;
         }""",
         "=r,l,r,r",
@@ -86,7 +86,6 @@ def _pass_turn(p_turn, count):
         .reg .pred first;
         .reg .b32 lane;
         cp.async.bulk.wait_group 0;
-        fence.proxy.async;
         bar.warp.sync 0xffffffff;
         mov.u32 lane, %laneid;
         setp.eq.u32 first, lane, 0;
@@ -102,79 +101,105 @@ def _pass_turn(p_turn, count):
 
 
 @gluon.jit
-def _next(i_m, i_g, first, last):
-    """The order of the query tiles, from (last, 0) on: a head's tiles from the last one back, then the next head's."""
-    if i_m == first:
-        i_m = last
-        i_g += 1
-    return i_m - 1, i_g
+def _next(i_x, i_y, inner):
+    """The next step of a walk in rounds of `inner` steps, from (-1, 0) on."""
+    i_x += 1
+    if i_x == inner:
+        i_x = 0
+        i_y += 1
+    return i_x, i_y
 
 
 @gluon.jit
-def _load_warp(x, buffers, barriers, place, G, BM: gl.constexpr, D: gl.constexpr):
-    q, k, v, do, rows, _acc, _dk, _dv = x
-    s_q, s_do, s_k, s_v, s_rows, _s_ds, _s_dq = buffers
+def _tile(i_x, i_y, last, in_turn):
+    """(query tile, head of the group) of a step: a round is a head, from its last tile back, or, `in_turn`, a tile of all heads."""
+    i_m = last - 1 - gl.where(in_turn != 0, i_y, i_x)
+    return i_m, gl.where(in_turn != 0, i_x, i_y)
+
+
+@gluon.jit
+def _step(slot, phase, SLOTS: gl.constexpr):
+    """The next slot of a ring, and its phase."""
+    slot += 1
+    if slot == SLOTS:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
+def _load_warp(x, buffers, barriers, place, G, D: gl.constexpr, STAGES: gl.constexpr):
+    q, k, v, do, rows, _acc, _dk, _dv, k_half = x
+    s_q, s_do, s_k, s_v, s_rows, _s_ds, _s_dq, s_half = buffers
     k_full, v_full, q_full, q_free, do_full, do_free, _ds_full, _dq_full, _dq_free = barriers
-    i_b, i_h, _i_n, j0, first, last, count, begin, r0 = place
-    QUERY_BYTES: gl.constexpr = BM * D * 2 + BM * 4
+    i_b, i_h, _i_n, j0, inner, last, count, begin, r0, in_turn = place
+    QUERY_BYTES: gl.constexpr = ROWS * D * 2 + ROWS * 4
     KEY_BYTES: gl.constexpr = KEYS * D * 2
+    VALUE_BYTES: gl.constexpr = KEYS * 256  # of V, and at D = 64 of K once more
     mbarrier.expect(k_full, KEY_BYTES)
     for w in gl.static_range(2):
         tma_load(k, [i_b, begin + j0 + w * ROWS, i_h, 0], k_full, view(s_k.index(w), k.dtype, [1, ROWS, 1, D], k.layout))
-    i_m, i_g = last, 0 * last
+    i_x, i_y = -1 + 0 * last, 0 * last
+    stage, phase = 0 * last, 1 + 0 * last
     for t in range(count):
-        i_m, i_g = _next(i_m, i_g, first, last)
+        i_x, i_y = _next(i_x, i_y, inner)
+        i_m, i_g = _tile(i_x, i_y, last, in_turn)
         i_hq = i_h * G + i_g
-        stage = t & 1
-        phase = ((t >> 1) & 1) ^ 1
-        row = begin + i_m * BM
+        row = begin + i_m * ROWS
         mbarrier.wait(q_free.index(stage), phase)
         full = q_full.index(stage)
         mbarrier.expect(full, QUERY_BYTES)
-        tma_load(q, [i_b, row, i_hq, 0], full, view(s_q.index(stage), q.dtype, [1, BM, 1, D], q.layout))
-        tma_load(rows, [0, i_b, i_hq, r0 + i_m * BM], full, view(s_rows.index(2 * stage), gl.float32, [1, 1, 1, BM], rows.layout))
+        tma_load(q, [i_b, row, i_hq, 0], full, view(s_q.index(stage), q.dtype, [1, ROWS, 1, D], q.layout))
+        tma_load(rows, [0, i_b, i_hq, r0 + i_m * ROWS], full, view(s_rows.index(2 * stage), gl.float32, [1, 1, 1, ROWS], rows.layout))
         if t == 0:
-            mbarrier.expect(v_full, KEY_BYTES)
+            mbarrier.expect(v_full, VALUE_BYTES)
             for w in gl.static_range(2):
                 tma_load(v, [i_b, begin + j0 + w * ROWS, i_h, 0], v_full, view(s_v.index(w), v.dtype, [1, ROWS, 1, D], v.layout))
+            if D == 64:
+                for n in gl.static_range(4):
+                    half = view(s_half.index(n), k.dtype, [1, ROWS, 1, 32], k_half.layout)
+                    tma_load(k_half, [i_b, begin + j0 + n // 2 * ROWS, i_h, n % 2 * 32], v_full, half)
         mbarrier.wait(do_free.index(stage), phase)
         full = do_full.index(stage)
         mbarrier.expect(full, QUERY_BYTES)
-        tma_load(do, [i_b, row, i_hq, 0], full, view(s_do.index(stage), do.dtype, [1, BM, 1, D], do.layout))
-        tma_load(rows, [1, i_b, i_hq, r0 + i_m * BM], full, view(s_rows.index(2 * stage + 1), gl.float32, [1, 1, 1, BM], rows.layout))
+        tma_load(do, [i_b, row, i_hq, 0], full, view(s_do.index(stage), do.dtype, [1, ROWS, 1, D], do.layout))
+        tma_load(rows, [1, i_b, i_hq, r0 + i_m * ROWS], full, view(s_rows.index(2 * stage + 1), gl.float32, [1, 1, 1, ROWS], rows.layout))
+        stage, phase = _step(stage, phase, STAGES)
 
 
 @gluon.jit
-def _add_warp(x, buffers, barriers, place, turn, start, window, tiles, HQ, G, BM: gl.constexpr, D: gl.constexpr):
+def _add_warp(x, buffers, barriers, place, turn, start, window, tiles, HQ, G, D: gl.constexpr, SLOTS: gl.constexpr):
     """Adds each part of dq to `acc` in its turn; the first key tile of a query tile stores it."""
-    _q, _k, _v, _do, _rows, acc, _dk, _dv = x
-    _s_q, _s_do, _s_k, _s_v, _s_rows, _s_ds, s_dq = buffers
+    _q, _k, _v, _do, _rows, acc, _dk, _dv, _k_half = x
+    _s_q, _s_do, _s_k, _s_v, _s_rows, _s_ds, s_dq, _s_half = buffers
     _k_full, _v_full, _q_full, _q_free, _do_full, _do_free, _ds_full, dq_full, dq_free = barriers
-    i_b, i_h, i_n, _j0, first, last, count, _first_token, r0 = place
-    turn += (i_b * HQ + i_h * G).to(gl.int64) * tiles + r0 // BM
-    i_m, i_g = _next(last, 0 * last, first, last)
+    i_b, i_h, i_n, _j0, inner, last, count, _begin, r0, in_turn = place
+    turn += 1 + (i_b * HQ + i_h * G).to(gl.int64) * tiles + r0 // ROWS
+    i_x, i_y = _next(-1 + 0 * last, 0 * last, inner)
+    i_m, i_g = _tile(i_x, i_y, last, in_turn)
     seen = 0 * last
-    for t in range(count):
+    slot, phase = 0 * last, 0 * last
+    for _ in range(count):
         p_turn = turn + i_g * tiles + i_m
-        rank = i_n - gl.maximum(start + i_m * BM - window + 1, 0) // KEYS
-        row = r0 + i_m * BM
+        rank = i_n - gl.maximum(start + i_m * ROWS - window + 1, 0) // KEYS
+        row = r0 + i_m * ROWS
         i_hq = i_h * G + i_g
         _await_turn(p_turn, rank, seen)
         for w in gl.static_range(2):
-            slot = (t & 1) * 2 + w
-            mbarrier.wait(dq_full.index(slot), (t >> 1) & 1)
-            b_dq = view(s_dq.index(slot), gl.float32, [1, 1, ROWS, 64], acc.layout)
-            corner = [i_b, i_hq, row, w * 64] if D == 128 else [i_b, i_hq, row + w * ROWS, 0]
+            mbarrier.wait(dq_full.index(slot * 2 + w), phase)
+            b_dq = view(s_dq.index(slot * 2 + w), gl.float32, [1, 1, ROWS, D // 2], acc.layout)
             if rank == 0:
-                tma_store(acc, corner, b_dq)
+                tma_store(acc, [i_b, i_hq, row, w * (D // 2)], b_dq)
             else:
-                tma_add(acc, corner, b_dq)
+                tma_add(acc, [i_b, i_hq, row, w * (D // 2)], b_dq)
         # The next turn is looked up while this tile is on its way; after the last tile, one that does not matter.
-        i_m, i_g = _next(i_m, i_g, first, last)
-        seen = _look_up_turn(turn + gl.minimum(i_g, G - 1) * tiles + i_m)
+        i_x, i_y = _next(i_x, i_y, inner)
+        i_m, i_g = _tile(i_x, i_y, last, in_turn)
+        seen = _look_up_turn(turn + gl.minimum(i_g, G - 1) * tiles + gl.maximum(i_m, 0))
         _pass_turn(p_turn, rank + 1)
         for w in gl.static_range(2):
-            mbarrier.arrive(dq_free.index((t & 1) * 2 + w), count=1)
+            mbarrier.arrive(dq_free.index(slot * 2 + w), count=1)
+        slot, phase = _step(slot, phase, SLOTS)
 
 
 @gluon.jit
@@ -194,92 +219,12 @@ def _store(x, p_x, s_x, b_x, i_b, row, i_h, left, stride_b, stride_t, stride_h, 
 
 
 @gluon.jit
-def _warpgroup(
-    x,
-    outputs,
-    buffers,
-    barriers,
-    place,
-    masks,
-    part,
-    splits,
-    scale,
-    scale_log2,
-    BM: gl.constexpr,
-    D: gl.constexpr,
-    W: gl.constexpr,
-):
-    """64 keys: their dk and dv, and one of the two parts of dq."""
-    q, _k, _v, _do, _rows, _acc, dk, dv = x
-    s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq = buffers
-    k_full, v_full, q_full, q_free, do_full, do_free, ds_full, dq_full, dq_free = barriers
-    i_b, i_h, _i_n, j0, first, last, count, begin, _r0 = place
-    masked_before, masked_from, start, Tk, window = masks
+def _put_sums(x, outputs, s_x, place, Tk, part, splits, scale, b_dk, b_dv, D: gl.constexpr, W: gl.constexpr, SUMS: gl.constexpr):
+    """Add what the far sinks leave for these keys and put dk and dv out, through shared memory that this warpgroup alone reads."""
+    dk, dv = x[6], x[7]
     p_dk, p_dv, stride_b, stride_t, stride_h = outputs
-    dtype: gl.constexpr = q.dtype
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    QUERIES: gl.constexpr = gl.SliceLayout(0, SCORES)
-    # A row of the shared layout is 128 bytes: a tile of D or BM columns is D / 64 or BM / 64 panels of 64.
-    k_panels = view(s_k, dtype, [2 * (D // 64), ROWS, 64], s_k.layout)
-    ds_panels = view(s_ds, dtype, [4 * (BM // 64), ROWS, 64], s_ds.layout)
-    o_j = j0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-    o_m = start + gl.arange(0, BM, QUERIES)
-    b_dk = gl.zeros([ROWS, D], gl.float32, SUMS)
-    b_dv = gl.zeros([ROWS, D], gl.float32, SUMS)
-    mbarrier.wait(k_full, 0)
-    i_m, i_g = last, 0 * last
-    for t in range(count):
-        i_m, i_g = _next(i_m, i_g, first, last)
-        stage = t & 1
-        phase = (t >> 1) & 1
-        slot = stage * 2 + W
-        none = gl.zeros([ROWS, BM], gl.float32, SCORES)
-        mbarrier.wait(q_full.index(stage), phase)
-        # [64, D] @ [D, BM] -> [64, BM]
-        b_s = warpgroup_mma(s_k.index(W), s_q.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-        if t == 0:
-            mbarrier.wait(v_full, 0)
-        mbarrier.wait(do_full.index(stage), phase)
-        # [64, D] @ [D, BM] -> [64, BM]
-        b_dp = warpgroup_mma(s_v.index(W), s_do.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-        b_lse = s_rows.index(2 * stage).load(QUERIES)
-        b_s = warpgroup_mma_wait(1, deps=(b_s,))
-        b_p = gl.exp2(b_s * scale_log2 - b_lse[None, :])
-        if (i_m < masked_before) | (i_m >= masked_from):
-            apart = (i_m * BM + o_m)[None, :] - o_j[:, None]
-            b_p = gl.where((apart >= 0) & (apart < window), b_p, 0.0)
-        b_dp = warpgroup_mma_wait(0, deps=(b_dp,))
-        b_delta = s_rows.index(2 * stage + 1).load(QUERIES)
-        b_ds = (b_p * (b_dp - b_delta[None, :])).to(dtype)
-        b_p = gl.convert_layout(b_p.to(dtype), LEFT, assert_trivial=True)
-        # Two slots in turn: whoever writes here has seen the other warpgroup's dS of the last tile, so its dq of the one before is done.
-        s_ds.index(slot).store(b_ds)
-        fence_async_shared()
-        mbarrier.arrive(ds_full.index(stage), count=1)
-        b_ds = gl.convert_layout(b_ds, LEFT, assert_trivial=True)
-        # [64, BM] @ [BM, D] -> [64, D]
-        b_dv = warpgroup_mma(b_p, s_do.index(stage), b_dv, is_async=True)
-        mbarrier.wait(ds_full.index(stage), phase)
-        b_dq = gl.zeros([ROWS, 64], gl.float32, PART)
-        for w in gl.static_range(2):
-            # [64, 64] @ [64, 64] -> [64, 64]: of dq [BM, D], the columns W * 64 on (D = 128) or the rows W * 64 on (D = 64)
-            b_left = ds_panels.index(stage * 2 * (BM // 64) + (w if D == 128 else 2 * w + W)).permute((1, 0))
-            b_dq = warpgroup_mma(b_left, k_panels.index(2 * w + W if D == 128 else w), b_dq, use_acc=w > 0, is_async=True)
-        # [64, BM] @ [BM, D] -> [64, D]
-        b_dk = warpgroup_mma(b_ds, s_q.index(stage), b_dk, is_async=True)
-        # The last product runs while dq is on its way.
-        mbarrier.wait(dq_free.index(slot), phase ^ 1)
-        b_dq, b_dv, b_p = warpgroup_mma_wait(1, deps=(b_dq, b_dv, b_p))
-        mbarrier.arrive(do_free.index(stage), count=1)
-        s_dq.index(slot).store(b_dq)
-        fence_async_shared()
-        mbarrier.arrive(dq_full.index(slot), count=1)
-        b_dk, b_ds = warpgroup_mma_wait(0, deps=(b_dk, b_ds))
-        mbarrier.arrive(q_free.index(stage), count=1)
-    if splits > 0:  # the far sink pairs of these keys, in the order of their queries
+    i_b, i_h, _i_n, j0, _inner, _last, _count, begin, _r0, _in_turn = place
+    if splits > 0:  # in the order of their queries
         o_r = W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
         p_part = part + o_r[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, SUMS))[None, :]
         for _ in range(splits):
@@ -288,14 +233,192 @@ def _warpgroup(
             p_part += 2 * KEYS * D
     row = begin + j0 + W * ROWS
     left = Tk - j0 - W * ROWS
-    # This warpgroup alone reads its rows of V: its outputs leave through them.
-    _store(dv, p_dv, s_v.index(W), b_dv.to(dtype), i_b, row, i_h, left, stride_b, stride_t, stride_h, D)
-    _store(dk, p_dk, s_v.index(W), (b_dk * scale).to(dtype), i_b, row, i_h, left, stride_b, stride_t, stride_h, D)
+    _store(dv, p_dv, s_x, b_dv.to(dv.dtype), i_b, row, i_h, left, stride_b, stride_t, stride_h, D)
+    _store(dk, p_dk, s_x, (b_dk * scale).to(dk.dtype), i_b, row, i_h, left, stride_b, stride_t, stride_h, D)
+
+
+@gluon.jit
+def _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES: gl.constexpr, W: gl.constexpr):
+    """S^T - lse / scale and dP^T - delta of a tile, in flight. As what the products start from, lse and delta keep no registers."""
+    mbarrier.wait(q_full.index(stage), phase)
+    mbarrier.wait(do_full.index(stage), phase)
+    b_s = s_rows.index(2 * stage).load(QUERIES)[None, :] - none
+    b_dp = s_rows.index(2 * stage + 1).load(QUERIES)[None, :] - none
+    # [64, D] @ [D, 64] -> [64, 64]
+    b_s = warpgroup_mma(s_k.index(W), s_q.index(stage).permute((1, 0)), b_s, is_async=True)
+    # [64, D] @ [D, 64] -> [64, 64]
+    b_dp = warpgroup_mma(s_v.index(W), s_do.index(stage).permute((1, 0)), b_dp, is_async=True)
+    return b_s, b_dp
+
+
+@gluon.jit
+def _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype: gl.constexpr, BEHIND: gl.constexpr):
+    """P^T and dS^T, while the BEHIND products that were issued after theirs run."""
+    masked_before, masked_from, _start, _Tk, window = masks
+    b_s = warpgroup_mma_wait(BEHIND + 1, deps=(b_s,))
+    b_p = gl.exp2(b_s * scale_log2)
+    if (i_m < masked_before) | (i_m >= masked_from):
+        apart = (i_m * ROWS + o_m)[None, :] - o_j[:, None]
+        b_p = gl.where((apart >= 0) & (apart < window), b_p, 0.0)
+    b_dp = warpgroup_mma_wait(BEHIND, deps=(b_dp,))
+    return b_p.to(dtype), (b_p * b_dp).to(dtype)
+
+
+@gluon.jit
+def _warpgroup_128(
+    x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, W: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr
+):
+    """64 keys of head dim 128: their dk and dv, and one half of dq's columns. The last product runs while dq is on its way."""
+    s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq, _s_half = buffers
+    k_full, v_full, q_full, q_free, do_full, do_free, ds_full, dq_full, dq_free = barriers
+    _i_b, _i_h, _i_n, j0, inner, last, count, _begin, _r0, in_turn = place
+    start, Tk = masks[2], masks[3]
+    dtype: gl.constexpr = x[0].dtype
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    QUERIES: gl.constexpr = gl.SliceLayout(0, SCORES)
+    # A row of the shared layout is 128 bytes: a tile of 128 columns is two panels of 64.
+    k_panels = view(s_k, dtype, [4, ROWS, 64], s_k.layout)
+    o_j = j0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    o_m = start + gl.arange(0, ROWS, QUERIES)
+    b_dk = gl.zeros([ROWS, 128], gl.float32, SUMS)
+    b_dv = gl.zeros([ROWS, 128], gl.float32, SUMS)
+    none = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
+    mbarrier.wait(k_full, 0)
+    mbarrier.wait(v_full, 0, pred=count > 0)
+    i_x, i_y = -1 + 0 * last, 0 * last
+    stage, phase = 0 * last, 0 * last
+    slot, ring = 0 * last, 0 * last
+    out, passed = 0 * last, 1 + 0 * last
+    for _ in range(count):
+        i_x, i_y = _next(i_x, i_y, inner)
+        i_m, _ = _tile(i_x, i_y, last, in_turn)
+        b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES, W)
+        b_p, b_ds = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 0)
+        b_p = gl.convert_layout(b_p, LEFT, assert_trivial=True)
+        # Two slots in turn: whoever writes here has seen the other warpgroup's dS of the last tile, so its dq of the one before is done.
+        s_ds.index(slot * 2 + W).store(b_ds)
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(slot), count=1)
+        b_ds = gl.convert_layout(b_ds, LEFT, assert_trivial=True)
+        # [64, 64] @ [64, 128] -> [64, 128]
+        b_dv = warpgroup_mma(b_p, s_do.index(stage), b_dv, is_async=True)
+        mbarrier.wait(ds_full.index(slot), ring)
+        b_dq = gl.zeros([ROWS, 64], gl.float32, SCORES)
+        for w in gl.static_range(2):
+            # [64, 64] @ [64, 64] -> [64, 64]: columns W * 64 on of dq [64, 128]
+            b_dq = warpgroup_mma(s_ds.index(slot * 2 + w).permute((1, 0)), k_panels.index(2 * w + W), b_dq, use_acc=w > 0, is_async=True)
+        # [64, 64] @ [64, 128] -> [64, 128]
+        b_dk = warpgroup_mma(b_ds, s_q.index(stage), b_dk, is_async=True)
+        mbarrier.wait(dq_free.index(out * 2 + W), passed)
+        b_dq, b_dv, b_p = warpgroup_mma_wait(1, deps=(b_dq, b_dv, b_p))
+        mbarrier.arrive(do_free.index(stage), count=1)
+        s_dq.index(out * 2 + W).store(b_dq)
+        fence_async_shared()
+        mbarrier.arrive(dq_full.index(out * 2 + W), count=1)
+        b_dk, b_ds = warpgroup_mma_wait(0, deps=(b_dk, b_ds))
+        mbarrier.arrive(q_free.index(stage), count=1)
+        stage, phase = _step(stage, phase, STAGES)
+        slot, ring = _step(slot, ring, 2)
+        out, passed = _step(out, passed, SLOTS)
+    _put_sums(x, outputs, s_v.index(W), place, Tk, part, splits, scale, b_dk, b_dv, 128, W, SUMS)
+
+
+@gluon.jit
+def _sums_64(b_p, b_ds, b_dv, b_dk, s_q, s_do, s_ds, s_half, ds_full, stage, slot, ring, W: gl.constexpr):
+    """dv, dk and this warpgroup's part of dq of a tile, in flight: four products."""
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
+    # [64, 64] @ [64, 64] -> [64, 64]
+    b_dv = warpgroup_mma(b_p, s_do.index(stage), b_dv, is_async=True)
+    # [64, 64] @ [64, 64] -> [64, 64]
+    b_dk = warpgroup_mma(b_ds, s_q.index(stage), b_dk, is_async=True)
+    mbarrier.wait(ds_full.index(slot), ring)
+    b_dq = gl.zeros([ROWS, 32], gl.float32, PART)
+    for w in gl.static_range(2):
+        # [64, 64] @ [64, 32] -> [64, 32]: columns W * 32 on of dq [64, 64]
+        b_dq = warpgroup_mma(s_ds.index(slot * 2 + w).permute((1, 0)), s_half.index(2 * w + W), b_dq, use_acc=w > 0, is_async=True)
+    return b_dv, b_dk, b_dq
+
+
+@gluon.jit
+def _warpgroup_64(x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, W: gl.constexpr, STAGES: gl.constexpr):
+    """The same for head dim 64, where registers are left for a tile's sums to run under the next tile's exponentials."""
+    s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq, s_half = buffers
+    k_full, v_full, q_full, q_free, do_full, do_free, ds_full, dq_full, dq_free = barriers
+    _i_b, _i_h, _i_n, j0, inner, last, count, _begin, _r0, in_turn = place
+    start, Tk = masks[2], masks[3]
+    dtype: gl.constexpr = x[0].dtype
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    QUERIES: gl.constexpr = gl.SliceLayout(0, SUMS)
+    o_j = j0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+    o_m = start + gl.arange(0, ROWS, QUERIES)
+    b_dk = gl.zeros([ROWS, 64], gl.float32, SUMS)
+    b_dv = gl.zeros([ROWS, 64], gl.float32, SUMS)
+    none = gl.zeros([ROWS, ROWS], gl.float32, SUMS)
+    mbarrier.wait(k_full, 0)
+    if count > 0:
+        mbarrier.wait(v_full, 0)
+        i_x, i_y = 0 * last, 0 * last
+        stage, phase = 0 * last, 0 * last
+        slot, ring = 0 * last, 0 * last
+        i_m, _ = _tile(i_x, i_y, last, in_turn)
+        b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES, W)
+        b_p, b_ds = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 0)
+        s_ds.index(W).store(b_ds)
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(0), count=1)
+        b_p = gl.convert_layout(b_p, LEFT, assert_trivial=True)
+        b_ds = gl.convert_layout(b_ds, LEFT, assert_trivial=True)
+        for _ in range(1, count):
+            i_x, i_y = _next(i_x, i_y, inner)
+            i_m, _ = _tile(i_x, i_y, last, in_turn)
+            before = stage
+            stage, phase = _step(stage, phase, STAGES)
+            b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES, W)
+            b_dv, b_dk, b_dq = _sums_64(b_p, b_ds, b_dv, b_dk, s_q, s_do, s_ds, s_half, ds_full, before, slot, ring, W)
+            b_p1, b_ds1 = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 4)
+            mbarrier.wait(dq_free.index(slot * 2 + W), ring ^ 1)
+            b_dq, b_dv, b_dk, b_p, b_ds = warpgroup_mma_wait(0, deps=(b_dq, b_dv, b_dk, b_p, b_ds))
+            mbarrier.arrive(do_free.index(before), count=1)
+            mbarrier.arrive(q_free.index(before), count=1)
+            s_dq.index(slot * 2 + W).store(b_dq)
+            before = slot
+            slot, ring = _step(slot, ring, 2)
+            # Whoever writes here has seen the other warpgroup's dS of the last tile, so its dq of the one before is done.
+            s_ds.index(slot * 2 + W).store(b_ds1)
+            fence_async_shared()
+            mbarrier.arrive(dq_full.index(before * 2 + W), count=1)
+            mbarrier.arrive(ds_full.index(slot), count=1)
+            b_p = gl.convert_layout(b_p1, LEFT, assert_trivial=True)
+            b_ds = gl.convert_layout(b_ds1, LEFT, assert_trivial=True)
+        b_dv, b_dk, b_dq = _sums_64(b_p, b_ds, b_dv, b_dk, s_q, s_do, s_ds, s_half, ds_full, stage, slot, ring, W)
+        mbarrier.wait(dq_free.index(slot * 2 + W), ring ^ 1)
+        b_dq, b_dv, b_dk, b_p, b_ds = warpgroup_mma_wait(0, deps=(b_dq, b_dv, b_dk, b_p, b_ds))
+        s_dq.index(slot * 2 + W).store(b_dq)
+        fence_async_shared()
+        mbarrier.arrive(dq_full.index(slot * 2 + W), count=1)
+    _put_sums(x, outputs, s_v.index(W), place, Tk, part, splits, scale, b_dk, b_dv, 64, W, SUMS)
 
 
 @gluon.jit(
-    do_not_specialize=["Tq", "Tk", "window", "sinks", "sequences", "slots", "tiles", "splits", "far_slots", "HK", "G"],
-    do_not_specialize_on_alignment=["Tq", "Tk", "window", "sinks", "sequences", "slots", "tiles", "splits", "far_slots", "HK", "G"],
+    do_not_specialize=["Tq", "Tk", "window", "sinks", "sequences", "slots", "tiles", "splits", "far_slots", "HK", "G", "heads", "in_turn"],
+    do_not_specialize_on_alignment=[
+        "Tq",
+        "Tk",
+        "window",
+        "sinks",
+        "sequences",
+        "slots",
+        "tiles",
+        "splits",
+        "far_slots",
+        "HK",
+        "G",
+        "heads",
+        "in_turn",
+    ],
 )
 def swa_bwd_hopper_kernel(
     q,
@@ -306,11 +429,11 @@ def swa_bwd_hopper_kernel(
     acc,
     dk,
     dv,
+    k_half,
     p_dk,
     p_dv,
     part,
     turn,
-    ticket,
     cu_seqlens,
     stride_b,
     stride_t,
@@ -328,24 +451,26 @@ def swa_bwd_hopper_kernel(
     scale_log2,
     HK,
     G,
+    heads,
+    in_turn,
     D: gl.constexpr,
-    BM: gl.constexpr,
     REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):
-    """Grid: key tiles (`slots`), fastest, times key/value heads times batch, as `ticket` gives them out.
+    """Grid: `heads` key/value heads, fastest, times key tiles (`slots`) times the other heads times batch, in the order of a counter.
 
-    Programs that run together so work on one head, or two: at D = 128 its queries with their dO and dq take 1 KB a token over 132 * 128 +
-    window tokens, which stays in the L2. Measured on an H100 at T = 32768, window 4096, 16/8 heads, with the 8 heads fastest: 5.7 ms with
-    the two heads of a group one after the other (50 MB in use), 9.0 ms with these in turn (100 MB: each tile comes from DRAM).
-
-    q, k, v, do, dk, dv: descriptors of [B, T, H, D] in tiles of BM (q, do) or 64 rows. rows: [2, B, HQ, P], see kernels/bwd.py. acc: fp32
-    [B, HQ, P, D]; left unscaled. turn: int32 [B, HQ, tiles = P / BM] and ticket: int32 [1], both zero. part: what the far sink pairs
-    of `splits` ranges add to dk and dv.
+    q, k, v, do, dk, dv: descriptors of [B, T, H, D] in tiles of 64 rows; k_half: k in tiles of 64 rows and 32 columns (D = 64 only).
+    rows: [2, B, HQ, P], see `swa_bwd_rows_kernel`. acc: fp32 [B, HQ, P, D]; left unscaled. turn: int32 zeros, the counter and
+    [B, HQ, tiles = P / 64]. part: what the far sink pairs of `splits` ranges add to dk and dv. `heads` divides HK. `in_turn`: a query
+    tile of all heads of the group before the next tile.
     """
-    pid = gl.atomic_add(ticket, 1)
-    slot = pid % slots
-    i_h = pid // slots % HK
-    i_b = pid // slots // HK
+    pid = gl.atomic_add(turn, 1)
+    blocks = HK // heads
+    block = pid // heads // slots
+    slot = pid // heads % slots
+    i_h = block % blocks * heads + pid % heads
+    i_b = block // blocks
     i_n = slot
     begin = 0
     r0 = 0
@@ -358,7 +483,7 @@ def swa_bwd_hopper_kernel(
     start = Tk - Tq
     j0 = i_n * KEYS
     # A slot behind its sequence's end has no queries, and stores nothing. Keys beyond Tk count as keys: causality hides them.
-    first, full, right, last, _far, _far_full, far_end = key_tiles(j0, j0 + KEYS, start, Tk, window, sinks, BM)
+    first, full, right, last, _far, _far_full, far_end = key_tiles(j0, j0 + KEYS, start, Tk, window, sinks, ROWS)
     last = gl.where(j0 < Tk, last, first)
     splits = gl.where((j0 < Tk) & (far_end > 0), splits, 0)
     sink_tiles = (sinks + KEYS - 1) // KEYS
@@ -368,45 +493,63 @@ def swa_bwd_hopper_kernel(
     HALF: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    s_q = gl.allocate_shared_memory(dtype, [2, BM, D], HALF)
-    s_do = gl.allocate_shared_memory(dtype, [2, BM, D], HALF)
+    s_q = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], HALF)
+    s_do = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], HALF)
     s_k = gl.allocate_shared_memory(dtype, [2, ROWS, D], HALF)
     s_v = gl.allocate_shared_memory(dtype, [2, ROWS, D], HALF)
-    s_rows = gl.allocate_shared_memory(gl.float32, [4, BM], LINE)
-    s_ds = gl.allocate_shared_memory(dtype, [4, ROWS, BM], HALF)
-    s_dq = gl.allocate_shared_memory(gl.float32, [4, ROWS, 64], gl.NVMMASharedLayout(128, 32, 2))
+    s_half = s_k
+    if D == 64:  # the columns of K in two halves, each an operand: half of a 128-byte row is none
+        s_half = gl.allocate_shared_memory(dtype, [4, ROWS, 32], gl.NVMMASharedLayout(64, 16, 2))
+    s_rows = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], LINE)
+    s_ds = gl.allocate_shared_memory(dtype, [4, ROWS, ROWS], HALF)
+    s_dq = gl.allocate_shared_memory(gl.float32, [2 * SLOTS, ROWS, D // 2], gl.NVMMASharedLayout(128, 32, 2))
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    do_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    do_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    do_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    dq_full = gl.allocate_shared_memory(gl.int64, [4, 1], BARRIER)
-    dq_free = gl.allocate_shared_memory(gl.int64, [4, 1], BARRIER)
+    dq_full = gl.allocate_shared_memory(gl.int64, [2 * SLOTS, 1], BARRIER)
+    dq_free = gl.allocate_shared_memory(gl.int64, [2 * SLOTS, 1], BARRIER)
     for i in gl.static_range(2):
         mbarrier.init(kv_full.index(i), count=1)
         mbarrier.init(ds_full.index(i), count=2)
+    for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_free.index(i), count=2)
         mbarrier.init(do_full.index(i), count=1)
         mbarrier.init(do_free.index(i), count=2)
-    for i in gl.static_range(4):
+    for i in gl.static_range(2 * SLOTS):
         mbarrier.init(dq_full.index(i), count=1)
         mbarrier.init(dq_free.index(i), count=1)
     fence_async_shared()
-    x = (q, k, v, do, rows, acc, dk, dv)
-    buffers = (s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq)
+    x = (q, k, v, do, rows, acc, dk, dv, k_half)
+    buffers = (s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq, s_half)
     barriers = (kv_full.index(0), kv_full.index(1), q_full, q_free, do_full, do_free, ds_full, dq_full, dq_free)
-    place = (i_b, i_h, i_n, j0, first, last, G * (last - first), begin, r0)
+    count = last - first
+    place = (i_b, i_h, i_n, j0, gl.where(in_turn != 0, G, count), last, G * count, begin, r0, in_turn)
     outputs = (p_dk, p_dv, stride_b, stride_t, stride_h)
     masks = (full, right, start, Tk, window)
-    gl.warp_specialize(
-        [
-            (_warpgroup, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, BM, D, 0)),
-            (_warpgroup, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, BM, D, 1)),
-            (_load_warp, (x, buffers, barriers, place, G, BM, D)),
-            (_add_warp, (x, buffers, barriers, place, turn, start, window, tiles, HK * G, G, BM, D)),
-        ],
-        [4, 1, 1],
-        [REGISTERS, 32, 32],
-    )
+    HQ = HK * G
+    if D == 128:
+        gl.warp_specialize(
+            [
+                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, 0, STAGES, SLOTS)),
+                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, 1, STAGES, SLOTS)),
+                (_load_warp, (x, buffers, barriers, place, G, D, STAGES)),
+                (_add_warp, (x, buffers, barriers, place, turn, start, window, tiles, HQ, G, D, SLOTS)),
+            ],
+            [4, 1, 1],
+            [REGISTERS, 32, 32],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, 0, STAGES)),
+                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, 1, STAGES)),
+                (_load_warp, (x, buffers, barriers, place, G, D, STAGES)),
+                (_add_warp, (x, buffers, barriers, place, turn, start, window, tiles, HQ, G, D, SLOTS)),
+            ],
+            [4, 1, 1],
+            [REGISTERS, 32, 32],
+        )
