@@ -155,12 +155,11 @@ class PackedStep:
         decoder = runtime.decoder(self.model)
         x = decoder.get_input_embeddings()(token[:, 0])
         rotary = getattr(decoder, runtime.family.rotary)
-        # The first layer's window moves its positions on: the rotations are made before.
-        position = cache.positions[:, None]
-        at = rotary(x[:, None], position)
-        clamped = None
-        if self._clamps_sinks(runtime):
-            clamped = rotary(x[:, None], position.clamp(max=runtime.trained_length - 1))
+        # The first layer's window moves its positions on: the rotations, at the token's position and at the last trained one, are made before.
+        places = [cache.positions, cache.positions.clamp(max=runtime.trained_length - 1)][: 2 if self._clamps_sinks(runtime) else 1]
+        cos, sin = rotary(x[:, None], torch.stack(places, 1))
+        at = cos[:, :1], sin[:, :1]
+        clamped = (cos[:, 1:], sin[:, 1:]) if len(places) == 2 else None
         parts = self._parts(x)
         for layer, state in zip(self.layers, cache.layers, strict=True):
             self._add_mixed(x, layer, state, at, clamped, active, runtime, parts)
