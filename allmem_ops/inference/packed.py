@@ -155,7 +155,7 @@ class PackedStep:
         decoder = runtime.decoder(self.model)
         x = decoder.get_input_embeddings()(token[:, 0])
         rotary = getattr(decoder, runtime.family.rotary)
-        # The first layer's window moves its positions on: the rotations, at the token's position and at the last trained one, are made before.
+        # Before the first layer's window moves its positions on: rotations at the token's position, and at the last trained one.
         places = [cache.positions, cache.positions.clamp(max=runtime.trained_length - 1)][: 2 if self._clamps_sinks(runtime) else 1]
         cos, sin = rotary(x[:, None], torch.stack(places, 1))
         at = cos[:, :1], sin[:, :1]
