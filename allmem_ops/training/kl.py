@@ -108,9 +108,9 @@ def token_losses(
     cross_entropy, kl = [], []
     chunks = (x.flatten(0, 1).split(chunk_size) for x in (student, teacher, targets))
     for s, t, target in zip(*chunks, strict=True):
-        log_s = _log_probabilities(s, head)
-        cross_entropy.append(-log_s.gather(-1, target[:, None])[:, 0])
-        kl.append(_kl(_log_probabilities(t, head), log_s))
+        logits = matmul(s, head.T)
+        cross_entropy.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+        kl.append(_rows(logits, matmul(t, head.T), torch.ones_like(target, dtype=torch.bool), head.dtype, grad=False)[0])
     return TokenLosses(torch.cat(cross_entropy).view(shape), torch.cat(kl).view(shape))
 
 
@@ -153,11 +153,6 @@ def _rows(
     log_s, log_t = torch.log_softmax(student, dim=-1), torch.log_softmax(teacher, dim=-1)
     kl = torch.where(mask, _kl(log_t, log_s), 0.0)
     return kl, torch.where(mask[:, None], log_s.exp_().sub_(log_t.exp_()), 0.0).to(dtype) if grad else None
-
-
-def _log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """[BT, D] @ [D, V] -> [BT, V], log-softmax in the accumulator's dtype."""
-    return torch.log_softmax(matmul(hidden, head.T), dim=-1)
 
 
 def _kl(log_t: torch.Tensor, log_s: torch.Tensor) -> torch.Tensor:

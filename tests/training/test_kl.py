@@ -120,6 +120,15 @@ def test_token_losses_equal_plain_and_their_mean_is_the_loss():
     assert not torch.allclose(losses.cross_entropy.roll(1, 1), expected)
 
 
+def test_token_losses_on_a_gpu_equal_those_in_float64(device):
+    student, teacher, head = (x.detach() for x in make(2, 7, vocab=5000))
+    targets = torch.randint(0, 5000, (2, 7), generator=torch.Generator().manual_seed(2))
+    expected = token_losses(student, teacher, head, targets)
+    found = token_losses(*(x.float().to(device) for x in (student, teacher, head)), targets.to(device), chunk_size=4)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
