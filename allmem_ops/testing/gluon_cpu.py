@@ -295,16 +295,16 @@ def store(pointer: _Pointer, value: Any, mask: Any = True) -> None:
     flat[offset[mask]] = value[mask].to(flat.dtype)
 
 
-def _atomic_add(pointer: _Pointer, value: Any) -> Tensor:
+def _atomic_add(pointer: _Pointer, value: Any, mask: Any = True, **_: Any) -> Tensor:
     old = load(pointer).clone()
-    store(pointer, old + value)
+    store(pointer, old + value, mask)
     return old
 
 
 def _allocate(dtype: Any, shape: list[int], layout: Any) -> Any:
     if dtype == torch.int64:  # barriers
         return _Barriers(shape[0])
-    return _Shared(torch.full((math.prod(shape),), float("nan"), dtype=dtype), shape, layout)
+    return _Shared(torch.full((math.prod(shape),), float("nan") if dtype.is_floating_point else -1, dtype=dtype), shape, layout)
 
 
 def _init(barrier: _Barrier, count: int) -> None:

@@ -17,8 +17,8 @@ _LAYOUT = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 # By (head dim, query heads of a key/value head in a program). With one head at D = 128 there are no registers to scale the output
 # under the scores (SPLIT).
 TABLE: Table = {
-    ("sm90", (128, 2)): [Config({"BN": 128, "STAGES": 2, "V_STAGES": 2, "PING": 1, "SPLIT": 1, "POLY": 0}, 4, 1)],
-    ("sm90", (128, 1)): [Config({"BN": 128, "STAGES": 2, "V_STAGES": 2, "PING": 1, "SPLIT": 0, "POLY": 0}, 4, 1)],
+    ("sm90", (128, 2)): [Config({"BN": 128, "STAGES": 2, "V_STAGES": 3, "PING": 1, "SPLIT": 1, "POLY": 0}, 4, 1)],
+    ("sm90", (128, 1)): [Config({"BN": 128, "STAGES": 2, "V_STAGES": 3, "PING": 1, "SPLIT": 0, "POLY": 0}, 4, 1)],
     ("sm90", (64, 2)): [Config({"BN": 128, "STAGES": 4, "V_STAGES": 4, "PING": 0, "SPLIT": 1, "POLY": 0}, 4, 1)],
     ("sm90", (64, 1)): [Config({"BN": 128, "STAGES": 4, "V_STAGES": 4, "PING": 0, "SPLIT": 1, "POLY": 0}, 4, 1)],
 }
@@ -58,6 +58,7 @@ def swa_hopper_forward(
     blocks = -(-Tq // span) if cu_seqlens is None else Tq // span + sequences
     packs = HQ // heads
     items = B * blocks * packs
+    counter = None if cu_seqlens is None else torch.zeros(1, dtype=torch.int32, device=q.device)
 
     def run(config: Config) -> None:
         BN = config.constants["BN"]
@@ -72,6 +73,7 @@ def swa_hopper_forward(
             o,
             lse,
             cu_seqlens,
+            counter,
             Tq,
             Tk - Tq,
             # A window or sinks beyond the sequence are the sequence: positions stay int32 in the kernel.

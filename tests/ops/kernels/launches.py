@@ -31,6 +31,8 @@ def swa() -> None:
         lse, cu = empty(1, T, HQ), empty(9, dtype=OFFSETS) if extra else None
         q_sinks = q if extra else None
         registration._forward(q, k, v, q_sinks, cu, 512, 4, 0.1)
+        if cu is not None:
+            registration._forward(q, k, v, None, cu, 512, 4, 0.1)
         swa_triton_backward(q, lse, q, k, v, q_sinks, cu, q, lse, 512, 4, 0.1)
         one = [empty(4, 1, h, D, dtype=dtype) for h in (HQ, HK, HK)]
         buffers = [empty(4, n, HK, D, dtype=dtype) for n in (4, 4, 512, 512)]

@@ -27,15 +27,13 @@ _LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _find_sequence(cu_seqlens, sequences, i_m, T, SPAN: gl.constexpr, WARPS: gl.constexpr):
+def _find_sequence(cu_seqlens, sequences, i_m, T, SPAN: gl.constexpr):
     """The sequence that block `i_m` of a packed batch belongs to: (its first row, its length, the block's index in it).
 
-    Sequence n owns the block indices from cu_seqlens[n] // SPAN + n on: enough for its rows, and increasing in n. Each warp counts for
-    itself, four offsets a lane at a time: one latency of memory where a search has six.
+    Sequence n owns the block indices from cu_seqlens[n] // SPAN + n on: enough for its rows, and increasing in n. Counted by a warp, four
+    offsets a lane at a time: one latency of memory where a search has six.
     """
-    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[1], [2]], lane_bases=[[4], [8], [16], [32], [64]], warp_bases=[[0]] * (WARPS // 2), block_bases=[], shape=[128]
-    )
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     o_n = gl.arange(0, 128, LAYOUT)
     n, begin, stop = -1, 0, 0
     for first in range(0, sequences, 128):
@@ -54,22 +52,42 @@ def _find_sequence(cu_seqlens, sequences, i_m, T, SPAN: gl.constexpr, WARPS: gl.
 
 
 @gluon.jit
-def _item(i_w, work, HEADS: gl.constexpr, PACKED: gl.constexpr, WARPS: gl.constexpr):
+def _item(i_w, work, HEADS: gl.constexpr, PACKED: gl.constexpr):
     """Work item `i_w`: (batch, pack of query heads, first row in the tensor, its row in the sequence, rows left, first position).
 
     None or fewer rows are left where a block index lies past its sequence's end. Heads are fastest, so that items which run together
-    read the same keys; then blocks from the last one, which has the most keys.
+    read the same keys; then blocks from the last one, which has the most keys. By the producer: a warp.
     """
-    cu_seqlens, Tq, offset, _window, _sinks, _group, packs, blocks, sequences, _items = work
+    cu_seqlens, Tq, offset, _window, _sinks, _group, packs, blocks, sequences, _items, _counter = work
     SPAN: gl.constexpr = 2 * ROWS // HEADS
     i_h = i_w % packs
     i_m = blocks - 1 - i_w // packs % blocks
     i_b = i_w // packs // blocks
     begin = 0
     if PACKED:
-        begin, Tq, i_m = _find_sequence(cu_seqlens, sequences, i_m, Tq, SPAN, WARPS)
+        begin, Tq, i_m = _find_sequence(cu_seqlens, sequences, i_m, Tq, SPAN)
     row = i_m * SPAN
     return i_b, i_h, begin, row, Tq - row, offset + row
+
+
+@gluon.jit
+def _hand_over(s_item, i_h, begin, row, left):
+    """What a consumer needs to know of a packed item, from the producer; each lane stores all of it."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    o_x = gl.arange(0, 4, LAYOUT)
+    s_item.store(gl.where(o_x == 0, i_h, gl.where(o_x == 1, begin, gl.where(o_x == 2, row, left))).to(gl.int32))
+
+
+@gluon.jit
+def _take_over(s_item):
+    """(pack of query heads, first row in the tensor, its row in the sequence, rows left); none are left when there is no further item."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    o_x = gl.arange(0, 4, LAYOUT)
+    b_x = s_item.load(LAYOUT)
+    i_h = gl.sum(gl.where(o_x == 0, b_x, 0), 0)
+    begin = gl.sum(gl.where(o_x == 1, b_x, 0), 0)
+    row = gl.sum(gl.where(o_x == 2, b_x, 0), 0)
+    return i_h, begin, row, gl.sum(gl.where(o_x == 3, b_x, 0), 0)
 
 
 @gluon.jit
@@ -88,6 +106,19 @@ def _fetch_rows(x, i_b, row, i_h, ring, n, COUNT: gl.constexpr, D: gl.constexpr,
 
 
 @gluon.jit
+def _next_item(i_w, counter, PACKED: gl.constexpr):
+    """The item after `i_w`: in a fixed stride, or, where items differ as much as documents do, the next one that nobody has."""
+    if PACKED:
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        first = gl.arange(0, 32, LAYOUT) == 0
+        b_w = gl.atomic_add(counter + gl.zeros([32], gl.int32, LAYOUT), gl.full([32], 1, gl.int32, LAYOUT), mask=first, sem="relaxed")
+        i_w = gl.num_programs(0) + gl.sum(gl.where(first, b_w, 0), 0)
+    else:
+        i_w += gl.num_programs(0)
+    return i_w
+
+
+@gluon.jit
 def _producer(
     tensors,
     queries,
@@ -102,17 +133,21 @@ def _producer(
     PACKED: gl.constexpr,
 ):
     q, k_diagonal, v_diagonal, k, v = tensors
-    s_q, q_full, q_free = queries
-    _cu, _Tq, _offset, window, sinks, group, _packs, _blocks, _sequences, items = work
+    s_q, q_full, q_free, s_items = queries
+    _cu, _Tq, _offset, window, sinks, group, _packs, _blocks, _sequences, items, counter = work
     SPAN: gl.constexpr = 2 * ROWS // HEADS
     n = 0  # tiles so far
     c = 0  # items so far
-    for i in range((items - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        i_b, i_h, begin, row, left, i0 = _item(gl.program_id(0) + i * gl.num_programs(0), work, HEADS, PACKED, 1)
+    i_w = gl.program_id(0)
+    while i_w < items:
+        i_b, i_h, begin, row, left, i0 = _item(i_w, work, HEADS, PACKED)
+        i_w = _next_item(i_w, counter, PACKED)
         if left > 0:
             i_hk = i_h * HEADS // group
             i_q = c % 2
             mbarrier.wait(q_free.index(i_q), ((c // 2) & 1) ^ 1)
+            if PACKED:
+                _hand_over(s_items.index(i_q), i_h, begin, row, left)
             mbarrier.expect(q_full.index(i_q), 2 * ROWS * D * 2)
             for w in gl.static_range(2):
                 row_w = begin + row + w // HEADS * ROWS
@@ -127,6 +162,11 @@ def _producer(
             _fetch_rows(v_diagonal, i_b, begin + i0, i_hk, values, n, SPAN, D, V_STAGES)
             n += 1
             c += 1
+    if PACKED:  # no further item
+        i_q = c % 2
+        mbarrier.wait(q_free.index(i_q), ((c // 2) & 1) ^ 1)
+        _hand_over(s_items.index(i_q), 0, 0, 0, 0)
+        mbarrier.arrive(q_full.index(i_q), count=1)
 
 
 @gluon.jit
@@ -318,10 +358,10 @@ def _attend(
 ):
     """Item c of this program: its tiles are n, n + 1, ... of the rings. Returns the number after its last."""
     o, p_o, p_lse = outputs
-    s_q, q_full, q_free = queries
+    s_q, q_full, q_free, s_items = queries
     s_k, k_full, k_free = keys
     s_v, _v_full, v_free = values
-    _cu, Tq, _offset, window, sinks, _group, packs, _blocks, _sequences, _items = work
+    _cu, Tq, _offset, window, sinks, _group, packs, _blocks, _sequences, _items, _counter = work
     i_b, i_h, begin, row, left, i0 = item
     dtype: gl.constexpr = s_q.dtype
     SPAN: gl.constexpr = 2 * ROWS // HEADS
@@ -384,6 +424,8 @@ def _attend(
         )  # fmt: skip
         n += 1
 
+    if PACKED:  # read again: there are no registers to keep it
+        i_h, begin, row, left = _take_over(s_items.index(i_q))
     # The diagonal tile, SPAN wide, and its product.
     s_diagonal = view(s_k.index(n % STAGES), dtype, [SPAN, D], s_k.layout)
     b_s, b_o, b_h = _issue(
@@ -451,14 +493,27 @@ def _consumer(
     items = work[9]
     n = 0  # tiles so far
     c = 0  # items so far
-    for i in range((items - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        item = _item(gl.program_id(0) + i * gl.num_programs(0), work, HEADS, PACKED, 4)
-        if not PACKED or item[4] > 0:
+    if PACKED:
+        _s_q, q_full, _q_free, s_items = queries
+        mbarrier.wait(q_full.index(0), 0)
+        i_h, begin, row, left = _take_over(s_items.index(0))
+        while left > 0:
             n = _attend(
-                item, c, n, outputs, queries, keys, values, turns, work, scale_log2,
+                (i_h * 0, i_h, begin, row, left, row), c, n, outputs, queries, keys, values, turns, work, scale_log2,
                 D, BN, STAGES, V_STAGES, HEADS, PACKED, PING, SPLIT, POLY, W,
             )  # fmt: skip
             c += 1
+            mbarrier.wait(q_full.index(c % 2), (c // 2) & 1)
+            i_h, begin, row, left = _take_over(s_items.index(c % 2))
+    else:
+        i_w = gl.program_id(0)
+        while i_w < items:
+            n = _attend(
+                _item(i_w, work, HEADS, PACKED), c, n, outputs, queries, keys, values, turns, work, scale_log2,
+                D, BN, STAGES, V_STAGES, HEADS, PACKED, PING, SPLIT, POLY, W,
+            )  # fmt: skip
+            c += 1
+            i_w += gl.num_programs(0)
     tma.store_wait(0)
 
 
@@ -481,6 +536,7 @@ def swa_fwd_hopper_kernel(
     p_o,
     p_lse,
     cu_seqlens,
+    counter,
     Tq,
     offset,
     window,
@@ -509,7 +565,8 @@ def swa_fwd_hopper_kernel(
     s_q = gl.allocate_shared_memory(dtype, [4, ROWS, D], LAYOUT)  # two items of two warpgroups; outputs leave through it
     s_k = gl.allocate_shared_memory(dtype, [STAGES, BN, D], LAYOUT)
     s_v = gl.allocate_shared_memory(dtype, [V_STAGES, BN, D], LAYOUT)
-    queries = (s_q, _barriers(2, 1), _barriers(2, 2))
+    s_items = gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    queries = (s_q, _barriers(2, 1), _barriers(2, 2), s_items)
     keys = (s_k, _barriers(STAGES, 1), _barriers(STAGES, 2))
     values = (s_v, _barriers(V_STAGES, 1), _barriers(V_STAGES, 2))
     turns = _barriers(2, 1)
@@ -518,7 +575,7 @@ def swa_fwd_hopper_kernel(
         mbarrier.arrive(turns.index(0), count=1)
     tensors = (q, k_diagonal, v_diagonal, k, v)
     outputs = (o, p_o, p_lse)
-    work = (cu_seqlens, Tq, offset, window, sinks, group, packs, blocks, sequences, items)
+    work = (cu_seqlens, Tq, offset, window, sinks, group, packs, blocks, sequences, items, counter)
     gl.warp_specialize(
         [
             (
