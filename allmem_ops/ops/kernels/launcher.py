@@ -17,7 +17,7 @@ _compiled: dict[Hashable, tuple[Any, Any]] = {}
 Grid = int | tuple[int, int, int]
 
 
-def launch(kernel: Any, key: Hashable, device: torch.device, programs: Grid, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+def launch(kernel: Any, key: Hashable, device: torch.device, programs: Grid, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
     """Run `kernel` with `programs` programs on `device`.
 
     Args:
@@ -26,22 +26,26 @@ def launch(kernel: Any, key: Hashable, device: torch.device, programs: Grid, arg
             that it may specialise whether they are 1 or divisible by 16 (`pointer_class`, `stride_class`).
         args: every argument of the kernel in order, constexpr ones too.
         options: `num_warps`, `num_stages`, `maxnreg`, `launch_pdl`.
+
+    Returns:
+        The compiled kernel, None where `device` is not the current GPU.
     """
     grid = programs if isinstance(programs, tuple) else (programs, 1, 1)
     if device.type != "cuda":  # the interpreter, or a compilation for a GPU that is not there
         kernel[grid](*args, **options)
-        return
+        return None
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, key, device, programs, args, options)
-        return
+        return None
     full = id(kernel), device.index, key
     found = _compiled.get(full)
     if found is None:
-        _compiled[full] = kernel[grid](*args, **options), kernel  # the kernel is held, so that its id stays its own
+        found = _compiled[full] = kernel[grid](*args, **options), kernel  # the kernel is held, so that its id stays its own
     else:
         # For a tensor the driver is asked whose memory it is, which the first launch has shown; its address is taken as it is.
         found[0][grid](*[x.data_ptr() if isinstance(x, Tensor) else x for x in args])
+    return found[0]
 
 
 def launch_plain(kernel: Any, device: torch.device, programs: Grid, args: Sequence[Any], options: Mapping[str, Any]) -> None:

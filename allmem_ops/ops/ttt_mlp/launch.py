@@ -18,6 +18,7 @@ from allmem_ops.ops.ttt_mlp.kernels import read as read_kernels
 from allmem_ops.ops.ttt_mlp.kernels.common import NONE, POST_WRITE, PRE_WRITE
 from allmem_ops.ops.ttt_mlp.kernels.plan import ttt_mlp_plan_kernel
 from allmem_ops.ops.ttt_mlp.reference import Options
+from allmem_ops.ops.ttt_mlp.replay import Call, replay
 from allmem_ops.ops.ttt_mlp.slots import Outputs, Spans, State, outputs, slot_tensors
 from allmem_ops.ops.ttt_mlp.slots import spans as spans_of
 
@@ -76,12 +77,13 @@ def recipe(device: torch.device, d: int, h: int, dtype: torch.dtype) -> Recipe:
 
 
 def run(
-    kernel: Any, of_call: tuple[Hashable, ...], device: torch.device, programs: int, args: Sequence[Any],
+    kernel: Any, call: Call, device: torch.device, programs: int, args: Sequence[Any],
     constants: Mapping[str, Any], options: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """`launcher.launch` of a kernel whose last arguments are its constants, given by name. `of_call`: `traits` of the call."""
+    """`launcher.launch` of a kernel whose last arguments are its constants, given by name."""
     values = [constants[name] for name in kernel.arg_names[len(args) :]]
-    launch(kernel, (of_call, *values), device, programs, [*args, *values], options)
+    args = [*args, *values]
+    call.note(launch(kernel, (call.traits, *values), device, programs, args, options), programs, args)
 
 
 def traits(*inputs: Tensor | int | float | None) -> tuple[Hashable, ...]:
@@ -99,6 +101,14 @@ def traits(*inputs: Tensor | int | float | None) -> tuple[Hashable, ...]:
     return tuple(found)
 
 
+def layout(*inputs: Tensor | None) -> list[Hashable]:
+    """Device, shapes, strides and dtypes of a call's inputs."""
+    found: list[Hashable] = [inputs[0].device]
+    for x in inputs:
+        found += (None,) if x is None else (x.shape, x.stride(), x.dtype)
+    return found
+
+
 def splits(programs: int, HS: int, sms: int) -> int:
     """In how many parts a chunk's tokens are split, so that `programs` slices fill the GPU: a power of two, at most 8."""
     parts = 1
@@ -107,11 +117,11 @@ def splits(programs: int, HS: int, sms: int) -> int:
     return parts
 
 
-def plan(cu_seqlens: Tensor, count: Tensor | None, spans: Spans, first: Tensor, slots: Tensor, of_call: tuple[Hashable, ...]) -> None:
+def plan(cu_seqlens: Tensor, count: Tensor | None, spans: Spans, first: Tensor, slots: Tensor, call: Call) -> None:
     """Fill the slot tables of packed sequences."""
     args = [cu_seqlens, count, first, slots, spans.sequences, spans.slots, spans.tokens, spans.chunk_size]
     constants = {"STATE": spans.carried, "KEEP": spans.keep, "BN": 64 if INTERPRET else 1024}
-    run(ttt_mlp_plan_kernel, of_call, cu_seqlens.device, spans.sequences, args, constants, {"num_warps": 4})
+    run(ttt_mlp_plan_kernel, call, cu_seqlens.device, spans.sequences, args, constants, {"num_warps": 4})
 
 
 def ttt_mlp_triton_forward(
@@ -130,6 +140,11 @@ def ttt_mlp_triton_forward(
     """The forward: see `Outputs`. weights: w_gate, w_up, w_down as `ttt_mlp` takes them."""
     _, tokens, heads, d = q.shape
     h = weights[0].shape[1]
+    inputs = q, k, v, eta, mu, *weights, cu_seqlens, *(state or ())
+    key = "forward", *layout(*inputs), options, keep, save
+    done = replay(key, inputs)
+    if done is not None:
+        return Outputs(*done)
     spans = spans_of(q, cu_seqlens, options.chunk_size, state is not None, keep)
     out = outputs(q, weights[0], spans, options.grad_clip is not None, save)
     if spans.sequences * heads == 0:
@@ -140,13 +155,17 @@ def ttt_mlp_triton_forward(
     kept = out
     if not save:
         kept = Outputs(*out[:12], *slot_tensors(weights[0].new_empty, spans, heads, d, h, options.grad_clip is not None, False))
-    of_call = traits(q, k, v, eta, mu, *weights, cu_seqlens, options.chunk_size, options.grad_clip, *(state or ()))
+    call = Call(traits(q, k, v, eta, mu, *weights, cu_seqlens, options.chunk_size, options.grad_clip, *(state or ())), inputs)
+    for i, x in enumerate(kept):
+        if x is not None:
+            call.keep(x, zero=save and i > 11 and (spans.packed or spans.carried))
     if spans.packed:
-        plan(cu_seqlens, None if state is None else state.count, spans, kept.first, kept.slots, of_call)
-    x_read = q.new_empty(spans.slots, heads, 3, d, h)
-    write(k, v, eta, mu, weights, state, cu_seqlens, options, spans, kept, x_read, of_call)
+        plan(cu_seqlens, None if state is None else state.count, spans, kept.first, kept.slots, call)
+    x_read = call.keep(q.new_empty(spans.slots, heads, 3, d, h))
+    write(k, v, eta, mu, weights, state, cu_seqlens, options, spans, kept, x_read, call)
     if tokens:
-        read(q, state, cu_seqlens, options, spans, kept, x_read, of_call)
+        read(q, state, cu_seqlens, options, spans, kept, x_read, call)
+    call.file(key, out)
     return out
 
 
@@ -162,7 +181,7 @@ def write(
     spans: Spans,
     out: Outputs,
     x_read: Tensor,
-    of_call: tuple[Hashable, ...],
+    call: Call,
 ) -> None:
     """The chain: fills every slot and, with `keep`, the final state."""
     _, tokens, heads, d = k.shape
@@ -184,8 +203,8 @@ def write(
     saving = {"SAVE_M": out.m is not None, "FAST": kind.constants["FAST"]}
     if may_stay and parts <= sms:
         groups = min(X, sms // parts)
-        scratch = empty(X * (((SP if SP > 1 else 0) + 1) * 3 * d * h + parts * (3 * d + 6)))
-        counters = torch.zeros(groups * 32, dtype=torch.int32, device=k.device)
+        scratch = call.keep(empty(X * (((SP if SP > 1 else 0) + 1) * 3 * d * h + parts * (3 * d + 6))))
+        counters = call.keep(torch.zeros(groups * 32, dtype=torch.int32, device=k.device), zero=True)
         args = [
             k, v, eta, mu, *span, *weights, *state_w, *state_m, *state_g, mu_held,
             out.x, x_read, out.m, out.size, out.n, out.mu_mean, out.g_size, *out[1:11],
@@ -193,8 +212,9 @@ def write(
         ]  # fmt: skip
         constants = {**normed, **case, **saving, **kind.constants, "CLIP": clipped, "BM": BM, "AHEAD": AHEAD}
         launch_options = {**kind.options, "launch_cooperative_grid": True}
-        run(persistent.ttt_mlp_fwd_chain_kernel, of_call, k.device, groups * parts, args, constants, launch_options)
+        run(persistent.ttt_mlp_fwd_chain_kernel, call, k.device, groups * parts, args, constants, launch_options)
         return
+    call.note(None, 0, ())  # launches of their own, not to be done again
     m, slabs = empty(X, 3, d, h), empty(X, SP, 3, d, h)
     sums, n_sums, squares = empty(2, X, parts, d), empty(X, parts, d), empty(X, parts, 3)
     by_part = (X, parts)
@@ -227,7 +247,7 @@ def read(
     spans: Spans,
     out: Outputs,
     x_read: Tensor,
-    of_call: tuple[Hashable, ...],
+    call: Call,
 ) -> None:
     """All reads, once every slot is filled."""
     _, tokens, heads, d = q.shape
@@ -241,4 +261,4 @@ def read(
         tokens, options.chunk_size, heads, slots if spans.packed else spans.steps, programs, options.eps, *q.stride(), *out.o.stride(),
     ]  # fmt: skip
     case = {"NORM": NORM[options.norm], "STATE": spans.carried, "PACKED": spans.packed, "RESIDUAL": options.residual}
-    run(read_kernels.ttt_mlp_fwd_read_kernel, of_call, q.device, slots * heads * programs, args, {**kind.constants, **case}, kind.options)
+    run(read_kernels.ttt_mlp_fwd_read_kernel, call, q.device, slots * heads * programs, args, {**kind.constants, **case}, kind.options)

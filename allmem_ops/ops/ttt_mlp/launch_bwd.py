@@ -23,8 +23,9 @@ from allmem_ops.ops.kernels.device import gpu_class, interpreted, sm_count
 from allmem_ops.ops.ttt_mlp import configs_bwd
 from allmem_ops.ops.ttt_mlp.kernels import bwd_chain, bwd_last, bwd_persistent, bwd_read
 from allmem_ops.ops.ttt_mlp.kernels.bwd_regions import GROUPS, scratch_size
-from allmem_ops.ops.ttt_mlp.launch import NORM, Kind, power_of_two, run, traits
+from allmem_ops.ops.ttt_mlp.launch import NORM, Kind, layout, power_of_two, run, traits
 from allmem_ops.ops.ttt_mlp.reference import Options
+from allmem_ops.ops.ttt_mlp.replay import Call, replay
 from allmem_ops.ops.ttt_mlp.slots import Outputs, State
 from allmem_ops.ops.ttt_mlp.slots import spans as spans_of
 
@@ -127,6 +128,16 @@ def ttt_mlp_triton_backward(
     chunk_size, norm, residual, grad_clip, eps = options
     _, tokens, H, d = q.shape
     h = weights[0].shape[1]
+    kept = tuple(x if x is not None and x.numel() else None for x in saved[11:])  # the operator has tensors without elements
+    m_state, count = ((None,) * 3, None) if state is None else (state[3:6], state.count)
+    inputs = do, q, k, v, eta, mu, *weights, cu_seqlens, *m_state, count, *kept
+    END = any(g is not None for g in d_end)
+    key = None
+    if not END and persistent is None:
+        key = "backward", *layout(*inputs), options, keep
+        done = replay(key, inputs)
+        if done is not None:
+            return Gradients(*done[:8], None if state is None else tuple(done[8:]))
     spans = spans_of(q, cu_seqlens, chunk_size, state is not None, keep)
     N = spans.sequences
     new = weights[0].new_empty
@@ -149,38 +160,38 @@ def ttt_mlp_triton_backward(
     parts = slices * SP
     operands = new(6 * R * d * h, dtype=r.wide)
     scratch = new(scratch_size(R, X, d, h, BH, parts))
-    count, m_state = (None, (None, None, None)) if state is None else (state.count, [x.contiguous() for x in state[3:6]])
+    m_state = [None if x is None else x.contiguous() for x in m_state]
     steps = spans.slots if spans.packed else spans.steps
     span, sizes = (cu_seqlens, count), (tokens, chunk_size, H, steps)
-    x, size, n = saved.x, saved.size, saved.n
-    # the operator returns tensors without elements for what is not there
-    slots, first = (saved.slots, saved.first) if spans.packed else (None, None)
-    END, CLIP, SAVE_M = any(g is not None for g in d_end), grad_clip is not None, saved.m is not None and saved.m.numel() > 0
-    momentum = x, saved.m if SAVE_M else None, size, n, *m_state
-    g_size = saved.g_size if CLIP else None
+    n, x, size, m, mu_mean, g_size, first, slots = kept
+    momentum = x, m, size, n, *m_state
+    CLIP, SAVE_M = grad_clip is not None, m is not None
     case = {"STATE": spans.carried, "PACKED": spans.packed}
     if END:
         _set_ends(scratch, d_end, R, N, H, d, h)
-    others = cu_seqlens, count, chunk_size, grad_clip, saved.mu_mean, g_size, slots, first
-    of_call = traits(do, q, k, v, eta, mu, *weights, *momentum, *others)
+    others = cu_seqlens, count, chunk_size, grad_clip, mu_mean, g_size, slots, first
+    call = Call(traits(do, q, k, v, eta, mu, *weights, *momentum, *others), inputs)
+    results = *out[:8], *(of_state or ())
+    for tensor in (*results, operands, scratch):
+        call.keep(tensor)
 
     # the reads
     same = norm != "pre_write"
     q_strides, o_strides = q.stride(), do.stride()
     columns = -(-h // r.pack.constants["BH"])
     run(
-        bwd_read.ttt_mlp_bwd_pack_kernel, of_call, device, R * columns, [x, size, n, slots, operands, scratch, R, H, steps, eps],
+        bwd_read.ttt_mlp_bwd_pack_kernel, call, device, R * columns, [x, size, n, slots, operands, scratch, R, H, steps, eps],
         {**r.pack.constants, "NORM": NORM[norm], "PACKED": spans.packed}, r.pack.options,
     )  # fmt: skip
     columns = -(-h // r.dread.constants["BH"])
     run(
-        bwd_read.ttt_mlp_bwd_dread_kernel, of_call, device, columns * R,
+        bwd_read.ttt_mlp_bwd_dread_kernel, call, device, columns * R,
         [q, do, *span, slots, operands, scratch, R, X, *sizes, *q_strides, *o_strides],
         {**r.dread.constants, **case, "SAME": same}, r.dread.options,
     )  # fmt: skip
     tiles = _tiles(chunk_size, tokens, r.dq)
     run(
-        bwd_read.ttt_mlp_bwd_dq_kernel, of_call, device, R * tiles,
+        bwd_read.ttt_mlp_bwd_dq_kernel, call, device, R * tiles,
         [q, do, out.q, *span, slots, operands, R, *sizes, tiles, *q_strides, *o_strides],
         {**r.dq.constants, **case, "SAME": same, "RESIDUAL": residual}, r.dq.options,
     )  # fmt: skip
@@ -191,37 +202,40 @@ def ttt_mlp_triton_backward(
     if persistent if persistent is not None else not interpret and parts <= r.room:
         groups = min(X, r.room // parts, GROUPS.value)
         run(
-            bwd_persistent.ttt_mlp_bwd_chain_kernel, of_call, device, groups * parts,
+            bwd_persistent.ttt_mlp_bwd_chain_kernel, call, device, groups * parts,
             [
-                k, v, eta, *span, first, *momentum, saved.mu_mean, g_size, operands, scratch,
+                k, v, eta, *span, first, *momentum, mu_mean, g_size, operands, scratch,
                 R, X, *sizes, eps, grad_clip, *strides,
             ],
             {**r.chain.constants, **case}, {**r.chain.options, "launch_cooperative_grid": True},
         )  # fmt: skip
     else:
+        call.note(None, 0, ())  # launches of their own, not to be done again
         _chain_by_steps(
-            r, case, (X, slices, SP), spans.steps, (k, v, eta), span, first, momentum, saved, operands, scratch, R, sizes, eps, grad_clip,
-            strides,
+            r, case, (X, slices, SP), spans.steps, (k, v, eta), span, first, momentum, mu_mean, g_size, operands, scratch, R, sizes, eps,
+            grad_clip, strides,
         )  # fmt: skip
 
     # what follows from it
     tiles = _tiles(chunk_size, tokens, r.last)
     ends = H * -(-d // r.last.constants["BR"]) * -(-h // r.last.constants["BC"])
     run(
-        bwd_last.ttt_mlp_bwd_last_kernel, of_call, device, R + ends + R * tiles,
+        bwd_last.ttt_mlp_bwd_last_kernel, call, device, R + ends + R * tiles,
         [
             k, v, eta, *out[1:5], *span, slots, *momentum, *weights, *out[5:8], *(of_state or (None,) * 6), operands, scratch,
             R, N, *sizes, tiles, eps, *strides,
         ],
         {**r.last.constants, **case, "PARTS": parts}, r.last.options,
     )  # fmt: skip
+    if key is not None:
+        call.file(key, results)
     return out
 
 
 def _chain_by_steps(
     r: Recipe, case: dict[str, Any], grid: tuple[int, int, int], most: int, tensors: Sequence[Tensor], span: Sequence[Tensor | None],
-    first: Tensor | None, momentum: Sequence[Tensor | None], saved: Outputs, operands: Tensor, scratch: Tensor, R: int,
-    sizes: Sequence[int], eps: float, grad_clip: float | None, strides: Sequence[int],
+    first: Tensor | None, momentum: Sequence[Tensor | None], mu_mean: Tensor, g_size: Tensor | None, operands: Tensor,
+    scratch: Tensor, R: int, sizes: Sequence[int], eps: float, grad_clip: float | None, strides: Sequence[int],
 ) -> None:  # fmt: skip
     """The reverse chain as two launches a step, three with a clip."""
     X, (tokens, chunk_size, H, steps) = grid[0], sizes
@@ -234,9 +248,9 @@ def _chain_by_steps(
     for i_step in range(most):
         at = R, X, tokens, chunk_size, i_step, H, steps
         slab[grid](*tensors, *span, first, momentum[0], operands, scratch, *at, *strides, **of_slab)
-        carry[grid](*span, first, *momentum, saved.mu_mean, operands, scratch, *at, eps, **of_carry)
+        carry[grid](*span, first, *momentum, mu_mean, operands, scratch, *at, eps, **of_carry)
         if case["CLIP"]:
-            clip[grid](*span, first, *momentum, saved.mu_mean, saved.g_size, operands, scratch, *at, eps, grad_clip, **of_clip)
+            clip[grid](*span, first, *momentum, mu_mean, g_size, operands, scratch, *at, eps, grad_clip, **of_clip)
 
 
 def _tiles(chunk_size: int, tokens: int, kind: Kind) -> int:

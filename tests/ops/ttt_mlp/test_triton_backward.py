@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allmem_ops import ttt_mlp
-from allmem_ops.ops.ttt_mlp import launch_bwd
+from allmem_ops.ops.ttt_mlp import launch_bwd, replay
 from allmem_ops.testing import assert_within_budget
+from benchmarks.gpu.ttt_mlp import allowed_bytes
 from tests.ops.ttt_mlp import test_faults as faults
 from tests.ops.ttt_mlp.cases import LEARNT, TOKENS, WEIGHTS, everything, inputs, largest_difference, some_state
 
@@ -47,7 +48,8 @@ def state_on(state, device, double=False):
 @pytest.fixture
 def in_splits(monkeypatch):
     """Let every chunk's tokens be split in so many parts; the interpreter's device has room for one."""
-    return lambda parts: monkeypatch.setattr(launch_bwd, "splits", lambda *_: parts)
+    monkeypatch.setattr(replay, "_replays", {})
+    return lambda parts: (monkeypatch.setattr(launch_bwd, "splits", lambda *_: parts), replay._replays.clear())
 
 
 def compare(device, dtype, shape, *, state=None, only_o=False, cu=None, **options):
@@ -317,3 +319,41 @@ def test_no_host_synchronisation_and_bounded_memory(device):
     taken = torch.cuda.max_memory_allocated() - before
     returned = sum(t.numel() * t.element_size() for t in found)
     assert taken - returned <= launch_bwd.workspace_bytes(B, B * (T // c), H, d, h, 2, 32) + 2**20
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_forward_and_backward_take_what_the_issue_allows(device):
+    B, T, H, d, h, c = 1, 32768, 8, 64, 128, 2048
+    x = on(device, inputs(batch=B, length=T, heads=H, d=d, h=h, dtype=torch.bfloat16, eta=0.01))
+    do = torch.randn_like(x["q"])
+    torch.autograd.grad(ttt_mlp(**x, chunk_size=c, impl="triton").o, list(x.values()), do)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(ttt_mlp(**x, chunk_size=c, impl="triton").o, list(x.values()), do)
+    taken, allowed = torch.cuda.max_memory_allocated() - before, allowed_bytes(B, T, H, d, h, c)
+    assert taken <= allowed, f"{taken / 1e6:.0f} MB; o and gradients, 27 d h bytes a chunk and head and 64 MB are {allowed / 1e6:.0f} MB"
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_the_barriers_hold_beside_a_busy_stream_and_in_two_streams_at_once(device):
+    x = on(device, inputs(batch=1, length=600, heads=8, d=64, h=128, dtype=torch.bfloat16, eta=0.01))
+    do = torch.randn_like(x["q"])
+
+    def gradients():
+        return torch.autograd.grad(ttt_mlp(**x, chunk_size=3, impl="triton").o, list(x.values()), do)
+
+    want = gradients()
+    busy, second, a = torch.cuda.Stream(), torch.cuda.Stream(), torch.randn(2048, 2048, device=device)
+    second.wait_stream(torch.cuda.current_stream())
+    for i in range(1000):
+        if i % 4 == 0:
+            with torch.cuda.stream(busy):
+                a = (a @ a).clamp(-1, 1)
+        got = [gradients()]
+        if i % 10 == 0:
+            with torch.cuda.stream(second):
+                got.append(gradients())
+            second.synchronize()
+        for found in got:
+            assert all(torch.equal(g, w) for g, w in zip(found, want, strict=True)), i

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allmem_ops import ttt_mlp
-from allmem_ops.ops.ttt_mlp import slots
+from allmem_ops.ops.ttt_mlp import replay, slots
 from allmem_ops.ops.ttt_mlp.reference import Options
 from allmem_ops.testing import assert_within_budget, relative_error
 from tests.ops.ttt_mlp.cases import NORMS, TOKENS, WEIGHTS, assert_equal_to, inputs, largest_difference, outputs, some_state, tokens
@@ -361,6 +361,7 @@ def test_one_launch_equals_a_launch_for_each_part(device, monkeypatch, dtype, no
     got = run(x, "triton", **options)
     recipe = launch.recipe
     monkeypatch.setattr(launch, "recipe", lambda *key: recipe(*key)._replace(persistent=False))
+    monkeypatch.setattr(replay, "_replays", {})
     # the same device functions; the compiler may contract a product and a sum in one form and not in the other
     twin, exact = run(x, "triton", **options), run(widened(x), "chunk", **options)
     for name in compared(exact):
