@@ -3,8 +3,8 @@
     python -m benchmarks.training_speed --data TOKENS.npy [--weights FILE.gguf] [--parts kernels plain ...] \
         [--batches 1 2 4] [--results DIR]
 
-A step is all of it: the teacher's forward pass, the student's, forward KL, backward, clipping, AdamW. "student" is the middle of it alone:
-forward, loss, backward. Parts:
+A step is all of it: the teacher's forward pass, the student's, forward KL, backward, clipping, AdamW. "student" is the middle of it
+alone: forward, loss, backward. Parts:
 
     kernels  impl="auto", launched one by one: window, sinks and chunk size may change at every step
     compiled the kernels, and the norms and MLPs of the layers (the teacher's too) by torch.compile
@@ -14,7 +14,7 @@ forward, loss, backward. Parts:
     losses   the loss curves of both implementations from the same seed
     profile  the kernels that a step with impl="auto" spends its time in
 
-One part's failure does not stop the others. Each figure is the median of `--steps` steps.
+One part's failure does not stop the others. Whole steps run one after another, `--steps` of them; parts of a step are medians.
 """
 
 import argparse
@@ -33,12 +33,13 @@ import torch
 
 from allmem_ops import AllMemConfig
 from allmem_ops.demo import smollm2
-from allmem_ops.hf import convert, full_attention, memory_mode, memory_parameters, reconfigure, trainable_parameters
+from allmem_ops.hf import convert, memory_mode, memory_parameters, reconfigure
 from allmem_ops.hf.convert import memory_branches
 from allmem_ops.hf.load import load_causal_lm
 from allmem_ops.hf.runtime import runtime_of
-from allmem_ops.training import compile_blocks, final_hidden, fine_tune, forward_kl, plain_blocks
-from allmem_ops.training.graph import GraphedStep
+from allmem_ops.hf.unmasked import unmasked
+from allmem_ops.training import Distillation, Recipe, compile_blocks, fine_tune, forward_kl, plain_blocks
+from allmem_ops.training.engine import TeacherAndStudent
 from benchmarks.measure import environment
 
 PARTS = ("kernels", "plain", "profile", "graph", "losses", "chunk", "compiled")
@@ -131,36 +132,15 @@ class Bench:
             torch.cuda.empty_cache()
 
     def kernels(self, size: int, graph: bool = False, impl: str = "auto") -> dict[str, Any]:
-        """Tokens a second of whole steps and of the student alone."""
+        """Tokens a second of whole steps, and milliseconds of their parts."""
         with self.impl(impl):
-            groups = trainable_parameters(self.model, lr=LR)
-            parameters = [p for group in groups for p in group["params"]]
-            optimizer = torch.optim.AdamW(groups, lr=LR)
-            ids = self.batch(size)
-
-            def student(ids: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-                loss = forward_kl(final_hidden(self.model, ids), teacher, self.head)
-                loss.backward()
-                return loss.detach()
-
-            run = GraphedStep(student, parameters) if graph else student
-
-            def teach() -> torch.Tensor:
-                with torch.no_grad(), full_attention(self.model):
-                    return final_hidden(self.model, ids)
-
-            def step() -> None:
-                run(ids, teach())
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                if not graph:
-                    optimizer.zero_grad()
-
-            figures = self.timed(step, ids.numel())
-            hidden = teach()
-            figures["student_ms"] = self.ms(lambda: run(ids, hidden))
-            figures["teacher_ms"] = self.ms(teach)
-            figures["kl_ms"] = self.kl_ms(hidden)
+            run, ids = Distillation(self.model, Recipe(steps=10_000, lr=LR), cuda_graph=graph), self.batch(size)
+            figures = self.timed(lambda: run.step(ids), ids.numel())
+            teacher = run.module.teacher(ids)
+            figures["teacher_ms"] = self.ms(lambda: run.module.teacher(ids))
+            if not graph:
+                figures["student_ms"] = self.ms(lambda: run.module.student(ids, teacher).backward())
+            figures["kl_ms"] = self.kl_ms(teacher)
             return figures
 
     def graph(self, size: int) -> dict[str, Any]:
@@ -180,13 +160,13 @@ class Bench:
         """Forward, loss and backward to the embeddings, without the memory."""
         with self.impl("auto"), memory_mode(self.model, "off"):
             ids = self.batch(size)
-            with torch.no_grad(), full_attention(self.model):
-                teacher = final_hidden(self.model, ids)
+            teacher = TeacherAndStudent(self.model, 0, 1024).teacher(ids)
             embeddings = self.model.get_input_embeddings()(ids).detach().requires_grad_()
 
             def step() -> None:
                 embeddings.grad = None
-                hidden = self.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+                with unmasked(self.model):
+                    hidden = self.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
                 forward_kl(hidden, teacher, self.head).backward()
 
             return self.timed(step, ids.numel())
@@ -214,13 +194,10 @@ class Bench:
         """Self device time by kernel, the 30 longest."""
         with self.impl("auto"):
             ids = self.batch(size)
-            with torch.no_grad(), full_attention(self.model):
-                teacher = final_hidden(self.model, ids)
+            run = Distillation(self.model, Recipe(steps=10_000, lr=LR))
 
             def step() -> None:
-                with torch.no_grad(), full_attention(self.model):
-                    final_hidden(self.model, ids)
-                forward_kl(final_hidden(self.model, ids), teacher, self.head).backward()
+                run.step(ids)
                 self.synchronize()
 
             step()
@@ -232,13 +209,22 @@ class Bench:
                 print(f"  {e.self_device_time_total / 1e3:8.2f} ms {e.count:6d} x  {e.key[:110]}", flush=True)
             return {"total_ms": round(total / 1e3, 2), "top": [[e.key[:200], e.count, e.self_device_time_total / 1e3] for e in events[:60]]}
 
-    def timed(self, step: Callable[[], None], tokens: int) -> dict[str, Any]:
+    def timed(self, step: Callable[[], object], tokens: int) -> dict[str, Any]:
+        """Steps one after another, as a run makes them: the host may be ahead. `host_ms`: until it had launched a step."""
         cuda = self.options.device != "cpu"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        ms = self.ms(step)
+        step()
+        self.synchronize()
+        start = time.perf_counter()
+        for _ in range(self.options.steps):
+            step()
+        launched = (time.perf_counter() - start) / self.options.steps * 1e3
+        self.synchronize()
+        ms = (time.perf_counter() - start) / self.options.steps * 1e3
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-        return {"tokens_per_second": round(tokens / ms * 1e3), "ms": ms, "peak_gib": round(peak, 2)}
+        speed = round(tokens / ms * 1e3)
+        return {"tokens_per_second": speed, "ms": round(ms, 2), "host_ms": round(launched, 2), "peak_gib": round(peak, 2)}
 
     def kl_ms(self, hidden: torch.Tensor) -> float:
         student = hidden.clone().requires_grad_()

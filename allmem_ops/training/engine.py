@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from allmem_ops._validation import fail
 from allmem_ops.hf import full_attention, memory_parameters, reconfigure, trainable_parameters
+from allmem_ops.hf.unmasked import unmasked
 from allmem_ops.training.data import Batch
 from allmem_ops.training.graph import GraphedStep
 from allmem_ops.training.kl import forward_kl
@@ -77,11 +78,12 @@ class TeacherAndStudent(nn.Module):
 
     @torch.no_grad()
     def teacher(self, ids: Tensor) -> Tensor:
-        with full_attention(self.model):
+        with full_attention(self.model), unmasked(self.model):
             return final_hidden(self.model, ids)[:, self.first_position :]
 
     def student(self, ids: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-        hidden = final_hidden(self.model, ids)[:, self.first_position :]
+        with unmasked(self.model):
+            hidden = final_hidden(self.model, ids)[:, self.first_position :]
         mask = None if mask is None else mask[:, self.first_position :]
         head = self.model.get_output_embeddings().weight
         return forward_kl(hidden, teacher, head, mask=mask, reduction="sum", chunk_size=self.kl_chunk)
