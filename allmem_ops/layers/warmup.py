@@ -21,6 +21,7 @@ def warmup(
     heads: int,
     heads_kv: int,
     head_dim: int,
+    qk_norm: bool = False,
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
@@ -35,7 +36,7 @@ def warmup(
 
     Args:
         config: the layer's; window, sinks and chunk size may be any.
-        d_model, heads, heads_kv, head_dim: of the layer, as `TokenMixer` takes them.
+        d_model, heads, heads_kv, head_dim, qk_norm: of the layer, as `TokenMixer` takes them.
         batch: sequences side by side: the memory's chain is split over the GPU by their number.
         dtype: of the activations.
         device: where the layer will run.
@@ -67,7 +68,8 @@ def warmup(
         fail("config", "must be an AllMemConfig", type(config).__name__)
     start = time.perf_counter()
     small = config.replace(window=min(config.window, LENGTH // 2), sinks=min(config.sinks, 4), chunk_size=CHUNK)
-    mixer = TokenMixer(d_model, heads=heads, heads_kv=heads_kv, head_dim=head_dim, config=small, device=device, dtype=dtype)
+    shape = {"heads": heads, "heads_kv": heads_kv, "head_dim": head_dim, "qk_norm": qk_norm}
+    mixer = TokenMixer(d_model, **shape, config=small, device=device, dtype=dtype)
 
     def noise(rows: int, length: int) -> Tensor:
         return torch.randn(rows, length, d_model, device=device, dtype=dtype)
