@@ -1,6 +1,8 @@
 """What the benchmarks of inference compare: the peer computes full attention, bytes are those of the cost formulas, gates see a miss."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from allmem_ops.cost import cache_bytes, memory_state_bytes
 from allmem_ops.hf import AllMemCache, convert, full_attention
 from allmem_ops.inference.packed import PackedStep
-from benchmarks.gpu import inference
+from benchmarks.gpu import inference, inference_report
 from benchmarks.gpu.contest import OURS
 from benchmarks.peers.static_cache import FullAttentionStep, StaticCache, sdpa
 from tests.hf.tiny import awaken, tiny_config, tiny_model, tokens
@@ -106,3 +108,38 @@ def test_greedy_tokens_are_compared_with_one_pass(monkeypatch):
     monkeypatch.setattr(inference.Decoder, "generate", lambda self, count: tokens(1, count, seed=3))
     wrong = inference.greedy_against_one_pass(model, tokens(1, 20), 30)
     assert wrong["first_divergence"] < 3 and wrong["divergences"] > 20
+
+
+def test_the_report_is_drawn_from_the_results(tmp_path):
+    """Every figure of a result stands in its table; the page holds the markers, and what the committed results say."""
+    root = Path(__file__).parents[2]
+    environment = {"device": "NVIDIA H100", "torch": "2.11", "commit": "abc"}
+    verdict = {"direction": "step", "against": inference.SDPA, "unit": "x", "figure": 5.25, "gate": 4.0, "target": 4.0}
+    step = {OURS: {"ms": 1.25, "percent_of_copy": 48.2}, inference.AT_8K: {"ms": 1.26}, inference.SDPA: {"ms": 6.5}}
+    verdicts = [verdict | {"passed": True, "reached": True}]
+    contest = {"name": "Qwen3-0.6B-B4-131072", "directions": {"step": step}, "verdicts": verdicts}
+    stream = {"name": "stream-x", "weights": "random", "tokens_per_s": 90000.0, "tokens_per_s_by_tenth": [91000.0, 89000.0]}
+    stream |= {
+        "peak_bytes_first": 1234567,
+        "peak_bytes_last": 1234568,
+        "verdicts": [{"gate": "g", "figure": 1, "mark": 2, "passed": False}],
+    }
+    run = {"dtype": "torch.bfloat16", "tokens": 2000, "first_divergence": 17, "divergences": 3, "largest_gap": 0.5, "logits_rms": 2.0}
+    for name, content in (("decode", {"contests": [contest]}), ("stream", {"streams": [stream]}), ("equality", {"runs": [run]})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | {"environment": environment}))
+    text = inference_report.report(tmp_path)
+    for figure in (
+        "1.250",
+        "1.260",
+        "6.500",
+        "48 %",
+        "2.26 GB / 60.13 GB",
+        "5.25 x full",
+        "89,000",
+        "1,234,568 bytes",
+        "**missed**",
+        "| 17 | 3 | 0.25",
+    ):
+        assert figure in text, figure
+    page = (root / "docs" / "inference.md").read_text()
+    assert inference_report.written(page, inference_report.report(root / "benchmarks" / "results" / "h100")) == page

@@ -1,0 +1,110 @@
+"""Tables of docs/inference.md from the committed results, so that no figure there is typed by hand.
+
+python -m benchmarks.gpu.inference_report benchmarks/results/h100                            # prints Markdown
+python -m benchmarks.gpu.inference_report benchmarks/results/h100 --write docs/inference.md  # replaces the text between its two markers
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from allmem_ops.cost import cache_bytes
+from benchmarks.gpu.contest import OURS
+from benchmarks.gpu.inference import AT_8K, FLEX, SDPA, shape_of
+from benchmarks.gpu.report import _verdict
+
+BEGIN, END = "<!-- inference: begin (python -m benchmarks.gpu.inference_report) -->", "<!-- inference: end -->"
+
+
+def _ms(results: dict[str, dict], name: str) -> str:
+    return f"{results[name]['ms']:.3f}" if name in results else ""
+
+
+def decode_table(content: dict[str, Any]) -> str:
+    """A line a contest: shape, batch, context of the full attention, milliseconds, cache bytes, gates."""
+    head = "| shape | batch | context | ours at 1M | ours at 8k | of the bound | full, SDPA | full, Flex | state / full cache | gates |"
+    rows = [head, "|---|---|---|---|---|---|---|---|---|---|"]
+    for contest in content["contests"]:
+        name, batch, context = contest["name"].rsplit("-", 2)
+        results, shape = contest["directions"]["step"], shape_of(name)
+        count = int(batch.removeprefix("B"))
+        sizes = (count * cache_bytes(shape, int(context), mixer) / 1e9 for mixer in ("allmem", "full"))
+        gates = "; ".join(_verdict(v) for v in contest["verdicts"])
+        times = [
+            _ms(results, OURS),
+            _ms(results, AT_8K),
+            f"{results[OURS]['percent_of_copy']:.0f} %",
+            _ms(results, SDPA),
+            _ms(results, FLEX),
+        ]
+        cells = [name, str(count), f"{int(context):,}", *times, " / ".join(f"{x:.2f} GB" for x in sizes), gates]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def stream_table(content: dict[str, Any]) -> str:
+    """A line a stream: speed, evenness, memory, gates."""
+    rows = ["| stream | weights | tokens/s | first tenth | last tenth | high-water mark after the first segment, after the last | gates |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for s in content["streams"]:
+        tenths = s["tokens_per_s_by_tenth"]
+        gates = "; ".join(
+            f"{v['gate']}: {v['figure']:.4g} ({v['mark']:g}): {'passed' if v['passed'] else '**missed**'}" for v in s["verdicts"]
+        )
+        marks = f"{s['peak_bytes_first']:,}, {s['peak_bytes_last']:,} bytes"
+        speeds = (s["tokens_per_s"], tenths[0], tenths[-1])
+        rows.append(f"| {s['name']} | {s['weights']} | " + " | ".join(f"{x:,.0f}" for x in speeds) + f" | {marks} | {gates} |")
+    return "\n".join(rows)
+
+
+def equality_table(content: dict[str, Any]) -> str:
+    """A line a dtype: where the graph's greedy tokens leave those of one pass."""
+    rows = [
+        "| dtype | greedy tokens | first that is not the pass's likeliest | such tokens | largest gap between the logits, over their rms |"
+    ]
+    rows.append("|---|---|---|---|---|")
+    for r in content["runs"]:
+        first = "none" if r["first_divergence"] is None else str(r["first_divergence"])
+        rows.append(f"| {r['dtype']} | {r['tokens']} | {first} | {r['divergences']} | {r['largest_gap'] / r['logits_rms']:.2g} |")
+    return "\n".join(rows)
+
+
+TABLES = {"decode": decode_table, "stream": stream_table, "equality": equality_table}
+
+
+def report(folder: Path) -> str:
+    """The tables of what was run, each with its card, versions and commit."""
+    parts = []
+    for name, table in TABLES.items():
+        path = folder / f"{name}.json"
+        if path.is_file():
+            content = json.loads(path.read_text())
+            about = content["environment"]
+            parts.append(f"`{path.name}`: {about['device']}, PyTorch {about['torch']}, commit {about['commit']}.\n\n{table(content)}")
+    return "\n\n".join(parts) or "No GPU run of these commands is recorded yet."
+
+
+def written(document: str, text: str) -> str:
+    """`document` with what stands between the markers replaced by `text`."""
+    before, mark, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (mark and end):
+        raise SystemExit(f"the document must hold the lines {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--write", type=Path, metavar="DOCUMENT")
+    options = parser.parse_args()
+    text = report(options.folder)
+    if options.write is None:
+        print(text)
+    else:
+        options.write.write_text(written(options.write.read_text(), text))
+
+
+if __name__ == "__main__":
+    main()
