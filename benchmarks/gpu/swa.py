@@ -93,6 +93,33 @@ def _sinks_cost(T: int, window: int, at_most: float) -> Contest:
     )  # fmt: skip
 
 
+def _prefill(queries: int, before: int, window: int, sinks: int) -> Contest:
+    """A segment after what a full cache holds: the queries are the last positions."""
+    T, HQ, HK, D = queries + before, 16, 8, 128
+
+    def build() -> dict[str, dict[str, Call]]:
+        q, (_, k, v) = _tensors(queries, HQ, HK, D)[0], _tensors(T, HQ, HK, D)
+        y = _heads_first([q, k, v])
+        mask = block_mask(T, window, sinks, "cuda", queries)
+
+        @torch.no_grad()
+        def ours() -> None:
+            swa(q, k, v, window=window, sinks=sinks)
+
+        @torch.no_grad()
+        def flex() -> None:
+            compiled_flex(*y, block_mask=mask, enable_gqa=True)
+
+        return {"forward": {OURS: ours, "flex": flex}}
+
+    products = HQ * D * visible_pairs(queries, T, window, sinks)
+    return Contest(
+        "swa", f"prefill-{queries}-after-{before}-w{window}+{sinks}", build,
+        work={"forward": (4 * products, (2 * queries * HQ + 2 * T * HK) * D * 2)},
+        gates={H100: {"forward": [Gate(1.0, 1.3, "flex")]}}, device_time=True, as_called=True,
+    )  # fmt: skip
+
+
 def _packed_lengths(total: int, documents: int) -> list[int]:
     """Random lengths of mean total / documents that add up to total; the same on every machine."""
     cuts = torch.randperm(total - 1, generator=torch.Generator().manual_seed(0))[: documents - 1].sort().values + 1
@@ -148,7 +175,7 @@ def _decode(batch: int, tokens: int, gate: Gate) -> Contest:
     keys = min(tokens, window + sinks)
     return Contest(
         "swa_step", f"B{batch}-after-{tokens}", build, work={"step": (4 * batch * HQ * D * keys, 2 * batch * HK * D * keys * 2)},
-        gates={H100: {"step": [gate]}}, graph=frozenset({"step"}), inner=caches,
+        gates={H100: {"step": [gate]}}, graph=frozenset({"step"}), inner=caches, as_called=True,
     )  # fmt: skip
 
 
@@ -165,6 +192,7 @@ CONTESTS = (
     _attention(32768, 4096, 0, (1.15, 1.15, 1.20, 1.20), HQ=9, HK=3, D=64),
     _sinks_cost(32768, 4096, 1.06),
     _sinks_cost(131072, 512, 1.35),
+    _prefill(2048, 4224, 4096, 128),
     _packed(),
     _decode(1, 5000, Gate(12.0, 12.0, unit="us")),
     _decode(32, 5000, Gate(80.0, 80.0, unit="% of copy")),

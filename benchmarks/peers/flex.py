@@ -10,15 +10,21 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 compiled_flex = torch.compile(flex_attention, dynamic=False)
 
 
-def _visible(window: int, sinks: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    return lambda b, h, i, j: (j <= i) & ((i - j < window) | (j < sinks))  # noqa: ARG005 - FlexAttention's signature
+def _visible(window: int, sinks: int, start: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001 - FlexAttention's signature
+        return (j <= i + start) & ((i + start - j < window) | (j < sinks))
+
+    return visible
 
 
 @functools.cache
-def block_mask(length: int, window: int, sinks: int, device: str) -> BlockMask:
-    """The blocks of keys that a block of queries sees, for one length, window and number of sinks."""
+def block_mask(length: int, window: int, sinks: int, device: str, queries: int | None = None) -> BlockMask:
+    """The blocks of keys that a block of queries sees, for one length, window and number of sinks; `queries`: the last ones only."""
+    queries = length if queries is None else queries
     # compiled: uncompiled it makes the dense mask, 17 GB at 131072 tokens
-    return create_block_mask(_visible(window, sinks), None, None, length, length, device=device, _compile=device == "cuda")
+    return create_block_mask(
+        _visible(window, sinks, length - queries), None, None, queries, length, device=device, _compile=device == "cuda"
+    )
 
 
 @functools.cache
