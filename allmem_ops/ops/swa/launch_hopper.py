@@ -52,7 +52,7 @@ def swa_hopper_forward(
     group = HQ // HK
     heads = 2 if group % 2 == 0 else 1
     span = 2 * ROWS // heads
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     blocks = -(-Tq // span) if cu_seqlens is None else Tq // span + sequences
