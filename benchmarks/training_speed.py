@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--sinks", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--loss-steps", type=int, default=60)
+    parser.add_argument("--loss-steps", type=int, default=100)
     parser.add_argument("--device", default="cuda", help="cpu only to try the script")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
