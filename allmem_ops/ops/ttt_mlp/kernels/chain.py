@@ -28,7 +28,7 @@ from allmem_ops.ops.ttt_mlp.kernels.common import (
     store_public,
     store_three,
 )
-from allmem_ops.ops.ttt_mlp.kernels.pairs import operand, pair, part
+from allmem_ops.ops.ttt_mlp.kernels.pairs import load_operand, operand, pair, part, store_operand
 
 # ---- one chunk
 
@@ -100,16 +100,27 @@ def descent(
 
 
 @triton.jit
-def sum_slabs(slabs, i_x, o_d, o_h, mask, D: tl.constexpr, HID: tl.constexpr, SP: tl.constexpr):
-    """D of a part's hidden units: the slabs in order."""
-    d_gate = tl.zeros([o_d.shape[0], o_h.shape[0]], dtype=tl.float32)
-    d_up = d_gate
-    d_down = d_gate
+def store_slab(slabs, row, i_h, o_d, d_gate, d_up, d_down, D: tl.constexpr, HID: tl.constexpr):
+    """D of hidden units `i_h` on into slab `row`: [d, 2h] of gate and up, a pair, and [d, h] of down.
+
+    As a pair one pass through shared memory takes both from the products' layout to that of the store.
+    """
+    HS: tl.constexpr = d_gate.shape[1]
+    at = slabs + tl.cast(row, tl.int64) * (3 * D * HID)
+    store_operand(at, 0, i_h, o_d, o_d < D, pair(d_gate, d_up), D, HID, HS, 2)
+    store_operand(at + 2 * D * HID, 0, i_h, o_d, o_d < D, d_down, D, HID, HS, 1)
+
+
+@triton.jit
+def sum_slabs(slabs, i_x, i_h, o_d, D: tl.constexpr, HID: tl.constexpr, SP: tl.constexpr, HP: tl.constexpr):
+    """D of a part's HP hidden units, `i_h` on: the slabs in order."""
+    d_gate_up = tl.zeros([o_d.shape[0], 2 * HP], dtype=tl.float32)
+    d_down = tl.zeros([o_d.shape[0], HP], dtype=tl.float32)
     for i_k in tl.static_range(SP):
-        b_gate, b_up, b_down = load_three(slabs, i_x * SP + i_k, o_d, o_h, mask, D, HID)
-        d_gate += b_gate
-        d_up += b_up
-        d_down += b_down
+        at = slabs + (tl.cast(i_x, tl.int64) * SP + i_k) * (3 * D * HID)
+        d_gate_up += load_operand(at, 0, i_h, o_d, D, HID, HP, 2)
+        d_down += load_operand(at + 2 * D * HID, 0, i_h, o_d, D, HID, HP, 1)
+    d_gate, d_up = part(d_gate_up)
     return d_gate, d_up, d_down
 
 
@@ -292,7 +303,7 @@ def ttt_mlp_fwd_write_kernel(
         tl.cast(b_gate, dtype), tl.cast(b_up, dtype), tl.cast(b_down, dtype),
         start, stop, i_k, D, BT, SP, PREC, FAST,
     )  # fmt: skip
-    store_three(slabs, i_x * SP + i_k, o_d, o_h, mask, d_gate, d_up, d_down, D, HID)
+    store_slab(slabs, i_x * SP + i_k, i_s * HS, o_d, d_gate, d_up, d_down, D, HID)
 
 
 @triton.jit(do_not_specialize=["i_c", "T", "chunk_size", "H", "steps"])
@@ -311,7 +322,7 @@ def ttt_mlp_fwd_clip_kernel(
         return
     o_d, o_h = tl.arange(0, BD), i_p * HP + tl.arange(0, HP)
     mask = (o_d < D)[:, None] & (o_h < HID)[None, :]
-    d_gate, d_up, d_down = sum_slabs(slabs, i_x, o_d, o_h, mask, D, HID, SP)
+    d_gate, d_up, d_down = sum_slabs(slabs, i_x, i_p * HP, o_d, D, HID, SP, HP)
     d_gate, d_up, d_down = with_held(d_gate, d_up, d_down, g_gate, g_up, g_down, i_x, o_d, o_h, mask, i_c, D, HID, STATE)
     store_squares(squares, i_x, i_p, d_gate, d_up, d_down, PARTS)
 
@@ -335,7 +346,7 @@ def ttt_mlp_fwd_commit_kernel(
         return
     o_d, o_h = tl.arange(0, BD), i_p * HP + tl.arange(0, HP)
     mask = (o_d < D)[:, None] & (o_h < HID)[None, :]
-    d_gate, d_up, d_down = sum_slabs(slabs, i_x, o_d, o_h, mask, D, HID, SP)
+    d_gate, d_up, d_down = sum_slabs(slabs, i_x, i_p * HP, o_d, D, HID, SP, HP)
     d_gate, d_up, d_down = with_held(d_gate, d_up, d_down, g_gate, g_up, g_down, i_x, o_d, o_h, mask, i_c, D, HID, STATE)
     if i_c == written:
         if KEEP:

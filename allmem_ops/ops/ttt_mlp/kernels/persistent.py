@@ -7,7 +7,7 @@ would hang, and takes chain.py's kernels. All programs have to be resident: `lau
 import triton
 import triton.language as tl
 
-from allmem_ops.ops.ttt_mlp.kernels.chain import chunk_mus, clip, descent, store_squares, store_weights, sum_slabs, with_held
+from allmem_ops.ops.ttt_mlp.kernels.chain import chunk_mus, clip, descent, store_slab, store_squares, store_weights, sum_slabs, with_held
 from allmem_ops.ops.ttt_mlp.kernels.common import (
     NONE,
     POST_WRITE,
@@ -138,7 +138,7 @@ def ttt_mlp_fwd_chain_kernel(
                 b_gate, b_up, b_down = load_three(x, i_r, o_d, o_h, mask, D, HID)
                 if NORM != NONE:
                     size_gate, size_up = load_sizes(size, i_r, o_h, D, HID)
-                store_three(slabs, i_x * SP + i_k, o_d, o_s, mask_s, d_gate, d_up, d_down, D, HID)
+                store_slab(slabs, i_x * SP + i_k, i_s * HS, o_d, d_gate, d_up, d_down, D, HID)
             if NORM != NONE:
                 # after the loop: a branch before it would wait for the loads above
                 if i_p == 0:
@@ -146,7 +146,7 @@ def ttt_mlp_fwd_chain_kernel(
             if SP > 1:
                 target += PARTS
                 barrier(counter, target)
-                d_gate, d_up, d_down = sum_slabs(slabs, i_x, o_d, o_h, mask, D, HID, SP)
+                d_gate, d_up, d_down = sum_slabs(slabs, i_x, i_p * HP, o_d, D, HID, SP, HP)
             d_gate, d_up, d_down = with_held(d_gate, d_up, d_down, g_gate, g_up, g_down, i_x, o_d, o_h, mask, i_c, D, HID, STATE)
             if KEEP:
                 if i_c == written:
