@@ -63,8 +63,8 @@ def swa_triton_backward(
     q_far = q if q_sinks is None else q_sinks
     if hopper.serves(call):
         call.starts = True
-        turn = hopper.fill_rows(call, o, lse, dlse)
-        acc = hopper.window_pairs(call, turn, dk, dv, call.far_dkdv(q_far, hopper.FAR_CONFIG))
+        turn, acc = hopper.fill_rows(call, o, lse, dlse)
+        hopper.window_pairs(call, turn, acc, dk, dv, call.far_dkdv(q_far, hopper.FAR_CONFIG))
         if call.sinks and q_sinks is None:
             call.dq(q, dq, acc=acc, far=True)
         else:

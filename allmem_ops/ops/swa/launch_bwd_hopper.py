@@ -46,9 +46,10 @@ def serves(call: "Call") -> bool:
     )
 
 
-def fill_rows(call: "Call", o: Tensor, lse: Tensor, dlse: Tensor) -> Tensor:
-    """Write `call.rows` as the Hopper kernel reads them; returns the zeros that the Hopper kernel counts with."""
+def fill_rows(call: "Call", o: Tensor, lse: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
+    """Write `call.rows` as the Hopper kernel reads them; returns (what it counts with, where it sums up dq)."""
     P, do, cu_seqlens = call.rows.shape[3], call.do, call.cu_seqlens
+    acc = torch.empty(call.B, call.HQ, call.Tq, call.D, dtype=torch.float32, device=do.device)
     turn = torch.empty(1 + call.B * call.HQ * (P // ROWS), dtype=torch.int32, device=do.device)
     args = (
         o,
@@ -57,6 +58,7 @@ def fill_rows(call: "Call", o: Tensor, lse: Tensor, dlse: Tensor) -> Tensor:
         dlse,
         call.rows,
         turn,
+        acc,
         cu_seqlens,
         *o.stride(),
         *do.stride(),
@@ -74,14 +76,13 @@ def fill_rows(call: "Call", o: Tensor, lse: Tensor, dlse: Tensor) -> Tensor:
     )
     key = call.D, *map(pointer_class, (o, do, lse, dlse, cu_seqlens)), stride_class(o), stride_class(do)
     launch(swa_bwd_rows_kernel, key, do.device, P // ROWS * call.HQ * call.B, args, _SMALL)
-    return turn
+    return turn, acc
 
 
-def window_pairs(call: "Call", turn: Tensor, dk: Tensor, dv: Tensor, far: "FarSums") -> Tensor:
-    """Write dk and dv, the sums of the far sinks included; returns dq of the window pairs, unscaled, fp32 [B, HQ, P, D]."""
+def window_pairs(call: "Call", turn: Tensor, acc: Tensor, dk: Tensor, dv: Tensor, far: "FarSums") -> None:
+    """Write dk and dv, the sums of the far sinks included, and `acc`: dq of the window pairs, unscaled, fp32 [B, HQ, Tq, D]."""
     config = choose("swa_bwd_hopper", TABLE, call.gpu, call.D)
     D, P = call.D, call.rows.shape[3]
-    acc = torch.empty(call.B, call.HQ, P, D, dtype=torch.float32, device=dk.device)
     slots = call.slots(call.Tk, KEYS)
     k = _descriptor(call.k, [1, ROWS, 1, D])
     args = (
@@ -120,14 +121,12 @@ def window_pairs(call: "Call", turn: Tensor, dk: Tensor, dv: Tensor, far: "FarSu
     strides = [s < 2**31 for s in dk.stride()[:3]]
     key = (dk.dtype, D, *config.constants.values(), *options.values(), *strides, pointer_class(call.cu_seqlens))
     launch(swa_bwd_hopper_kernel, key, dk.device, slots * call.HK * call.B, args, options)
-    return acc
 
 
 def round_dq(call: "Call", acc: Tensor, dq: Tensor) -> None:
     """Write dq from `acc`, where no far sinks come to it."""
-    args = (acc, dq, call.cu_seqlens, call.sequences, call.Tq, acc.shape[2], call.scale, call.B, call.HQ, call.D, call.packed, ROWS)
-    key = dq.dtype, call.D, pointer_class(call.cu_seqlens)
-    launch(swa_bwd_out_kernel, key, dq.device, call.slots(call.Tq, ROWS) * call.HQ * call.B, args, _SMALL)
+    args = (acc, dq, call.Tq, call.scale, call.B, call.HQ, call.D, ROWS)
+    launch(swa_bwd_out_kernel, (dq.dtype, call.D), dq.device, -(-call.Tq // ROWS) * call.HQ * call.B, args, _SMALL)
 
 
 def _order(call: "Call") -> tuple[int, int]:

@@ -295,7 +295,7 @@ def test_hopper_orders(order, D, hopper, monkeypatch):
 
 WAIT = "b_dq, b_dv, b_dk, b_p, b_ds = warpgroup_mma_wait(0, deps=(b_dq, b_dv, b_dk, b_p, b_ds))\n"
 HOPPER_FAULTS = {
-    "first part not stored": (128, "if rank == 0:", "if rank == 1:"),
+    "first part not stored": (128, "if (rank == 0)", "if (rank == 1)"),
     "order of the tiles": (128, "i_m = last - 1 - gl.where", "i_m = last - gl.where"),
     "the other warpgroup's dS not awaited": (128, "mbarrier.wait(ds_full.index(slot), ring)", ""),
     "the other warpgroup's dS not awaited, 64": (64, "mbarrier.wait(ds_full.index(slot), ring)", ""),
@@ -378,9 +378,10 @@ def test_offsets_beyond_int32():
 
 
 @gpu
-def test_memory_and_graph():
+@pytest.mark.parametrize("cuts", [None, [0, 100, 3000, 8192]], ids=str)
+def test_memory_and_graph(cuts):
     T, HQ, HK, D = 8192, 16, 8, 128
-    args = at(saved(make(T, HQ=HQ, HK=HK, D=D, dtype=torch.bfloat16), 512, 64, scale=0.1), torch.bfloat16)
+    args = at(saved(make(T, HQ=HQ, HK=HK, D=D, dtype=torch.bfloat16), 512, 64, scale=0.1, cu_seqlens=cuts), torch.bfloat16)
     want = swa_triton_backward(*args)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -214,13 +214,15 @@ def swa_bwd_dq_kernel(
     """dq of one query tile and head: a loop over the far sink tiles (FAR) and the window tiles (NEAR). NEAR also writes `rows`.
     STARTS: `rows` is that of the Hopper kernel.
 
-    ACC: on top of what `acc` fp32 [B, HQ, P, BD] holds, the unscaled dq of the window pairs.
+    ACC: on top of what `acc` fp32 [B, HQ, Tq, BD] holds, the unscaled dq of the window pairs.
     """
     # Heads run fastest: programs side by side read the same tokens, whole rows of memory, and share a group's keys and values.
     i_b = tl.program_id(0) % B
     i_hq = tl.program_id(0) // B % HQ
     i_m = tl.program_id(0) // B // HQ
     i_h = i_hq // G
+    if ACC:
+        acc += (tl.cast(i_b, tl.int64) * HQ + i_hq) * Tq * BD
     if PACKED:
         i_n, bos, Tk, i_m = sequence_of_slot(cu_seqlens, N, Tq, i_m, BM)
         Tq = Tk
@@ -234,8 +236,7 @@ def swa_bwd_dq_kernel(
     start = Tk - Tq
     o_m = i0 + tl.arange(0, BM)
     if ACC:
-        o_acc = (tl.cast(i_b, tl.int64) * HQ + i_hq) * P + r0 + o_m
-        b_dq = tl.load(acc + o_acc[:, None] * BD + tl.arange(0, BD)[None, :])
+        b_dq = load_tile(acc, 0, i0, 0, 0, BD, 0, 1, bos, Tq, BM, D, BD, False) + 0.0  # see swa_bwd_out_kernel
     else:
         b_dq = tl.zeros([BM, BD], tl.float32)
     if NEAR or FAR:
@@ -293,6 +294,7 @@ def swa_bwd_rows_kernel(
     dlse,
     rows,
     turn,
+    acc,
     cu_seqlens,
     s_ob: tl.int64,
     s_ot: tl.int64,
@@ -318,13 +320,16 @@ def swa_bwd_rows_kernel(
     PACKED: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """What the Hopper kernel starts from: `rows` as its products begin with them, -lse / scale and -delta, padded with (-inf, 0), and zeros
-    in what it counts with, `turn` int32 [1 + B * HQ * P / BM].
+    """What the Hopper kernel starts from: `rows` as its products begin with them, -lse / scale and -delta, padded with (-inf, 0); zeros in
+    what it counts with, `turn` int32 [1 + B * HQ * P / BM]; and zeros where it does not store first, in the last tile of a packed
+    sequence in `acc` fp32 [B, HQ, T, D].
     """
     pid = tl.program_id(0)
     i_b = pid % B
     i_hq = pid // B % HQ
     slot = pid // B // HQ
+    i_row = tl.cast(i_b * HQ + i_hq, tl.int64)
+    acc += i_row * T * D
     if PACKED:
         _, bos, T, i_m = sequence_of_slot(cu_seqlens, N, T, slot // (ROW_TILE // BM), ROW_TILE)
         i0 = i_m * ROW_TILE + slot % (ROW_TILE // BM) * BM
@@ -335,33 +340,28 @@ def swa_bwd_rows_kernel(
     b_lse, b_delta, _ = row_terms(
         b_do, o, lse, dlse, i_b, i0, i_hq, s_ob, s_ot, s_oh, s_od, s_lb, s_lt, s_lh, s_eb, s_et, s_eh, bos, T, True, BM, D, D, False
     )
-    i_row = tl.cast(i_b * HQ + i_hq, tl.int64)
     p_rows = rows + i_row * P + slot * BM + tl.arange(0, BM)
     tl.store(p_rows, b_lse * (-1.0 / (LOG2E * scale)))
     tl.store(p_rows + tl.cast(B, tl.int64) * HQ * P, -b_delta)
     tl.store(turn + 1 + i_row * (P // BM) + slot, 0)
     if pid == 0:
         tl.store(turn, 0)
-
-
-@triton.jit(do_not_specialize=["N", "T", "P", "B", "HQ"], do_not_specialize_on_alignment=["N", "T", "P", "B", "HQ"])
-def swa_bwd_out_kernel(acc, dq, cu_seqlens, N, T, P, scale, B, HQ, D: tl.constexpr, PACKED: tl.constexpr, BM: tl.constexpr):
-    """dq, contiguous [B, T, HQ, D], from the unscaled `acc` fp32 [B, HQ, P, D]."""
-    i_b = tl.program_id(0) % B
-    i_hq = tl.program_id(0) // B % HQ
-    i_m = tl.program_id(0) // B // HQ
-    s_b = tl.cast(T, tl.int64) * HQ * D
     if PACKED:
-        i_n, bos, T, i_m = sequence_of_slot(cu_seqlens, N, T, i_m, BM)
-        r0 = (bos // ROW_TILE + i_n) * ROW_TILE
-    else:
-        bos = 0
-        r0 = 0
-    i0 = i_m * BM
-    if i0 < T:
-        o_acc = (tl.cast(i_b, tl.int64) * HQ + i_hq) * P + r0 + i0 + tl.arange(0, BM)
-        b_dq = tl.load(acc + o_acc[:, None] * D + tl.arange(0, D)[None, :])
-        store_tile(dq, b_dq * scale, i_b, i0, i_hq, s_b, HQ * D, D, bos, T, BM, D, D)
+        if i0 + BM > T:
+            store_tile(acc, tl.zeros([BM, D], tl.float32), 0, i0, 0, 0, D, 0, bos, T, BM, D, D)
+
+
+@triton.jit(do_not_specialize=["T", "B", "HQ"], do_not_specialize_on_alignment=["T", "B", "HQ"])
+def swa_bwd_out_kernel(acc, dq, T, scale, B, HQ, D: tl.constexpr, BM: tl.constexpr):
+    """dq, contiguous [B, T, HQ, D], from the unscaled `acc` fp32 [B, HQ, T, D]."""
+    i_b = tl.cast(tl.program_id(0) % B, tl.int64)
+    i_hq = tl.program_id(0) // B % HQ
+    o_t = tl.program_id(0) // B // HQ * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, D)[None, :]
+    m_t = (o_t < T)[:, None]
+    b_dq = tl.load(acc + ((i_b * HQ + i_hq) * T + o_t)[:, None] * D + o_d, mask=m_t)
+    b_dq = b_dq * scale + 0.0  # no -0: the zeros that a neighbour adds may have come before the sum or after it
+    tl.store(dq + ((i_b * T + o_t) * HQ + i_hq)[:, None] * D + o_d, b_dq.to(dq.dtype.element_ty), mask=m_t)
 
 
 @triton.jit

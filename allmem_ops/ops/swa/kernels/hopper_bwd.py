@@ -168,12 +168,16 @@ def _load_warp(x, buffers, barriers, place, G, D: gl.constexpr, STAGES: gl.const
 
 
 @gluon.jit
-def _add_warp(x, buffers, barriers, place, turn, start, window, tiles, HQ, G, D: gl.constexpr, SLOTS: gl.constexpr):
-    """Adds each part of dq to `acc` in its turn; the first key tile of a query tile stores it."""
+def _add_warp(x, buffers, barriers, place, turn, start, window, tiles, whole, HQ, G, D: gl.constexpr, SLOTS: gl.constexpr):
+    """Adds each part of dq to `acc` in its turn; the first key tile of a query tile, one of the `whole` first, stores it.
+
+    A packed sequence's last tile ends among the next one's queries. There it adds zeros, which change nothing at any time; for its own
+    queries zeros are there (`swa_bwd_rows_kernel`).
+    """
     _q, _k, _v, _do, _rows, acc, _dk, _dv, _k_half = x
     _s_q, _s_do, _s_k, _s_v, _s_rows, _s_ds, s_dq, _s_half = buffers
     _k_full, _v_full, _q_full, _q_free, _do_full, _do_free, _ds_full, dq_full, dq_free = barriers
-    i_b, i_h, i_n, _j0, inner, last, count, _begin, r0, in_turn = place
+    i_b, i_h, i_n, _j0, inner, last, count, begin, r0, in_turn = place
     turn += 1 + (i_b * HQ + i_h * G).to(gl.int64) * tiles + r0 // ROWS
     i_x, i_y = _next(-1 + 0 * last, 0 * last, inner)
     i_m, i_g = _tile(i_x, i_y, last, in_turn)
@@ -182,13 +186,13 @@ def _add_warp(x, buffers, barriers, place, turn, start, window, tiles, HQ, G, D:
     for _ in range(count):
         p_turn = turn + i_g * tiles + i_m
         rank = i_n - gl.maximum(start + i_m * ROWS - window + 1, 0) // KEYS
-        row = r0 + i_m * ROWS
+        row = begin + i_m * ROWS
         i_hq = i_h * G + i_g
         _await_turn(p_turn, rank, seen)
         for w in gl.static_range(2):
             mbarrier.wait(dq_full.index(slot * 2 + w), phase)
             b_dq = view(s_dq.index(slot * 2 + w), gl.float32, [1, 1, ROWS, D // 2], acc.layout)
-            if rank == 0:
+            if (rank == 0) & (i_m < whole):
                 tma_store(acc, [i_b, i_hq, row, w * (D // 2)], b_dq)
             else:
                 tma_add(acc, [i_b, i_hq, row, w * (D // 2)], b_dq)
@@ -461,7 +465,7 @@ def swa_bwd_hopper_kernel(
     """Grid: `heads` key/value heads, fastest, times key tiles (`slots`) times the other heads times batch, in the order of a counter.
 
     q, k, v, do, dk, dv: descriptors of [B, T, H, D] in tiles of 64 rows; k_half: k in tiles of 64 rows and 32 columns (D = 64 only).
-    rows: [2, B, HQ, P], see `swa_bwd_rows_kernel`. acc: fp32 [B, HQ, P, D]; left unscaled. turn: int32 zeros, the counter and
+    rows: [2, B, HQ, P], see `swa_bwd_rows_kernel`. acc: fp32 [B, HQ, Tq, D]; left unscaled. turn: int32 zeros, the counter and
     [B, HQ, tiles = P / 64]. part: what the far sink pairs of `splits` ranges add to dk and dv. `heads` divides HK. `in_turn`: a query
     tile of all heads of the group before the next tile.
     """
@@ -474,10 +478,12 @@ def swa_bwd_hopper_kernel(
     i_n = slot
     begin = 0
     r0 = 0
+    whole = tiles
     i_f = i_b
     if cu_seqlens is not None:
         sequence, begin, Tk, i_n = _sequence_of_slot(cu_seqlens, sequences, Tk, slot)
         Tq = Tk
+        whole = Tk // ROWS
         r0 = (begin // ROW_TILE + sequence) * ROW_TILE
         i_f = gl.where(far_slots == sequences, sequence, begin // (window + 1))
     start = Tk - Tq
@@ -537,7 +543,7 @@ def swa_bwd_hopper_kernel(
                 (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, 0, STAGES, SLOTS)),
                 (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, 1, STAGES, SLOTS)),
                 (_load_warp, (x, buffers, barriers, place, G, D, STAGES)),
-                (_add_warp, (x, buffers, barriers, place, turn, start, window, tiles, HQ, G, D, SLOTS)),
+                (_add_warp, (x, buffers, barriers, place, turn, start, window, tiles, whole, HQ, G, D, SLOTS)),
             ],
             [4, 1, 1],
             [REGISTERS, 32, 32],
@@ -548,7 +554,7 @@ def swa_bwd_hopper_kernel(
                 (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, 0, STAGES)),
                 (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, 1, STAGES)),
                 (_load_warp, (x, buffers, barriers, place, G, D, STAGES)),
-                (_add_warp, (x, buffers, barriers, place, turn, start, window, tiles, HQ, G, D, SLOTS)),
+                (_add_warp, (x, buffers, barriers, place, turn, start, window, tiles, whole, HQ, G, D, SLOTS)),
             ],
             [4, 1, 1],
             [REGISTERS, 32, 32],
