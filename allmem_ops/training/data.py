@@ -26,8 +26,9 @@ class Batch(NamedTuple):
         return batch
 
     def to(self, device: torch.device | str) -> "Batch":
-        move = lambda x: None if x is None else x.to(device, non_blocking=True)  # noqa: E731
-        return Batch(move(self.ids), move(self.mask))
+        """The batch on `device`. From pinned memory to a GPU: a copy from pageable memory waits for what the GPU is at."""
+        pinned = torch.device(device).type == "cuda" and not self.ids.is_cuda
+        return Batch(*(None if x is None else (x.pin_memory() if pinned else x).to(device, non_blocking=True) for x in self))
 
 
 def response_mask(prompt_lengths: torch.Tensor, lengths: torch.Tensor, T: int) -> torch.Tensor:
