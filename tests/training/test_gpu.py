@@ -1,0 +1,66 @@
+"""On a GPU, with the kernels: a step waits for nothing, a resumed run is the unbroken one, and both implementations learn alike."""
+
+import pytest
+import torch
+from tests.training.tiny import batches, make_model
+
+from allmem_ops.hf import memory_parameters
+from allmem_ops.training import Distillation, Recipe, load_checkpoint, save_checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="what the device and the host do beside one another needs a GPU")
+
+RECIPE = Recipe(steps=12, lr=5e-3, warmup=2, decay=3, window=(40, 90), sinks=(0, 8), chunk_size=(20, 90))
+LENGTH = 300
+
+
+def run(recipe=RECIPE):
+    model = make_model().cuda()
+    memory = {id(p) for p in memory_parameters(model).values()}
+    for p in model.parameters():
+        if id(p) not in memory:
+            p.data = p.data.bfloat16()
+    return Distillation(model, recipe)
+
+
+def data(count):
+    return [ids.cuda() for ids in batches(count, length=LENGTH)]
+
+
+def test_a_step_waits_for_nothing():
+    engine, rows = run(), data(3)
+    engine.step(rows[0]).read(0.0)  # compiles, and makes the optimizer's state
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launched = [engine.step(ids) for ids in rows[1:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not any(step.read(0.0).skipped for step in launched)
+
+
+def test_resumed_run_is_the_unbroken_one_bit_for_bit(tmp_path):
+    rows = data(8)
+    engine = run()
+    whole = [engine.step(ids).read(0.0) for ids in rows]
+    first = run()
+    before = [first.step(ids).read(0.0) for ids in rows[:4]]
+    again = run()
+    load_checkpoint(again, save_checkpoint(first, tmp_path))
+    after = [again.step(ids).read(0.0) for ids in rows[4:]]
+    assert [(s.kl, s.grad_norm) for s in before + after] == [(s.kl, s.grad_norm) for s in whole]
+
+
+def test_a_step_that_is_not_finite_is_skipped_on_the_device():
+    engine, rows = run(), data(3)
+    steps = []
+    for index, ids in enumerate(rows):
+        if index == 1:
+            name, p = next((n, p) for n, p in memory_parameters(engine.model).items() if n.endswith("alpha"))
+            kept = p.detach().clone()
+            p.data.fill_(float("inf"))
+        steps.append(engine.step(ids).read(0.0))
+        if index == 1:
+            assert torch.isinf(p).all(), f"{name} has moved"
+            p.data.copy_(kept)
+    assert [s.skipped for s in steps] == [False, True, False]
+    assert all(torch.isfinite(p).all() for p in engine.parameters)
