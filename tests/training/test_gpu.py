@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.training.tiny import batches, make_model
 
 from allmem_ops.hf import memory_parameters
 from allmem_ops.training import Distillation, Recipe, load_checkpoint, save_checkpoint
+from tests.training.tiny import batches, make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="what the device and the host do beside one another needs a GPU")
 
