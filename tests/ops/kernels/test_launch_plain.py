@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# In a process without the interpreter: launches of `gated_fusion` and `memory_input` at random forms, sizes and strides; for each the
-# key, and what Triton's binder makes of the arguments.
+# In a process without the interpreter: launches of `gated_fusion`, `memory_input` and `rotary` at random forms, sizes and strides; for each
+# the key, and what Triton's binder makes of the arguments.
 SCRIPT = """
 import random
 import torch
@@ -14,6 +14,7 @@ from allmem_ops.ops.fusion import launch as fusion
 from allmem_ops.ops.kernels import launcher
 from allmem_ops.ops.memory_input import launch as memory_input
 from allmem_ops.ops.memory_input.reference import Inputs, Options
+from allmem_ops.ops.rotary import launch as rotary
 from allmem_ops.testing.aot import absent_gpu
 
 seen, launches = {}, []
@@ -38,7 +39,7 @@ def draw(*shape, dtype=torch.float32, present=True):
     return torch.empty(shape, dtype=dtype)
 
 random.seed(0)
-fusion.launch_plain = memory_input.launch_plain = spy
+fusion.launch_plain = memory_input.launch_plain = rotary.launch_plain = spy
 flip = lambda: random.random() < 0.5
 with absent_gpu("sm90"):
     for _ in range(200):
@@ -48,6 +49,14 @@ with absent_gpu("sm90"):
         rest = draw(H * d, present=flip()), draw(B, T, gates, dtype=dtype, present=gates > 0), draw(d, present=norm)
         fusion.launch_forward(draw(B, T, H * d, dtype=dtype, present=flip()), memory, *rest, 1e-6)
         fusion.launch_backward(draw(B, T, H * d, dtype=dtype), memory, *rest, 1e-6)
+    for _ in range(100):
+        B, T, D = random.choice((1, 2)), random.choice((1, 2, 16, 17, 33)), random.choice((4, 6, 32))
+        HQ, HK, norm, dtype = random.choice((1, 3)), random.choice((0, 1, 3)), flip(), random.choice((torch.float32, torch.float16))
+        qkv, table = draw(B, T, HQ + 2 * HK, D, dtype=dtype), [draw(random.choice((1, B)), T, D // 2) for _ in range(2)]
+        norms = draw(D, present=norm), draw(D, present=norm and HK > 0)
+        rotary.launch_forward(qkv, *table, *norms, HQ, HK, 1e-6)
+        up = [draw(B, T, h, D, dtype=dtype) for h in (HQ, HK, HK)]
+        rotary.launch_backward(*up, qkv if norm else None, *table, *norms, 1e-6)
     for _ in range(160):
         T, H, d, taps, G = random.choice((1, 2, 16, 17, 33)), random.choice((1, 3)), random.choice((4, 5, 16)), random.choice((1, 2, 4)), 3
         dtype, norm, N, tail = random.choice((torch.float32, torch.float16)), flip(), 2, None
