@@ -111,6 +111,10 @@ def rotary() -> None:
         cos, norm = empty(1, T, D // 2), empty(D, dtype=HALF) if with_norms else None
         launch_forward(qkv, cos, cos, norm, norm, HQ, HK, 1e-6)
         launch_backward(q, k, k, qkv if with_norms else None, cos, cos, norm, norm, 1e-6)
+    q, none, cos, norm = empty(1, T, 9, 64, dtype=HALF), empty(1, T, 0, 64, dtype=HALF), empty(1, T, 32, dtype=HALF), empty(64, dtype=HALF)
+    for weight in (None, norm):  # as converted models call it
+        launch_forward(q, cos, cos, weight, None, 9, 0, 1e-6)
+        launch_backward(q, none, none, q if weight is norm else None, cos, cos, weight, None, 1e-6)
 
 
 def inference() -> None:
