@@ -248,6 +248,31 @@ def test_within_the_budget(heads, D, dtype):
 
 
 @hopper
+@pytest.mark.parametrize("D", [64, 128])
+def test_other_candidates_within_the_budget(D):
+    """Those that tuning may choose, and exponentials of which half are polynomials."""
+    first, *others = launch_hopper.TABLE["sm90", (D, 2)]
+    x = make(900, 900, 4, 2, D, torch.bfloat16)
+    for config in (*others, first._replace(constants=dict(first.constants) | {"POLY": 4})):
+        judge(swa_hopper_forward(**x, cu_seqlens=None, window=500, sinks=3, scale=D**-0.5, config=config), x, 500, 3)
+
+
+@hopper
+def test_packed_keeps_an_infinity_or_nan_in_its_sequence():
+    cuts = [0, 70, 134, 300, 307, 900]
+    cu = torch.tensor(cuts, device="cuda")
+    x = make(900, 900, 4, 2, 128, torch.bfloat16)
+    clean = swa(**x, window=100, sinks=3, cu_seqlens=cu, impl="triton")
+    for n, bad in ((1, float("nan")), (3, float("inf"))):
+        a, b = cuts[n : n + 2]
+        dirty = {name: t.clone() for name, t in x.items()}
+        for t in dirty.values():
+            t[:, a:b] = bad
+        got = swa(**dirty, window=100, sinks=3, cu_seqlens=cu, impl="triton")
+        assert torch.equal(got[:, :a], clean[:, :a]) and torch.equal(got[:, b:], clean[:, b:])
+
+
+@hopper
 def test_packed_equals_separate():
     lengths = [0, 1, 63, 64, 65, 200, 0, 513, 3, 128, 700]
     cu = torch.tensor([0, *lengths], device="cuda").cumsum(0)
