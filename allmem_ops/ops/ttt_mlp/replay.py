@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allmem_ops.ops.kernels.launcher import current_stream, hooked, start
+
 _MOST = 256  # replays that are kept; beyond that all are forgotten
 _replays: dict[Hashable, "Replay"] = {}
 
@@ -21,7 +23,7 @@ class Replay:
     Args:
         device: of the call.
         made: shape, dtype and whether filled with zeros, of every tensor that the call made.
-        launches: each kernel's launcher, what picks its pointers from all addresses (inputs, made, None), and its other arguments.
+        launches: compiled kernel, programs, what picks its pointers from all addresses (inputs, made, None), its other arguments.
         results: places of the results among `made`, None for a result that is not there.
     """
 
@@ -29,13 +31,13 @@ class Replay:
         self,
         device: torch.device,
         made: Sequence[tuple[torch.Size, torch.dtype, bool]],
-        launches: Sequence[tuple[Callable[..., None], Callable[[list], tuple], tuple]],
+        launches: Sequence[tuple[Any, int, Callable[[list], tuple], tuple]],
         results: Sequence[int | None],
     ) -> None:
         self.device, self.made, self.launches, self.results = device, made, launches, results
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> list[Tensor | None] | None:
-        """The results; None, and nothing done, where a kernel would have to be another: inputs that are not aligned."""
+        """The results; None, and nothing done, where a kernel would have to be another (inputs that are not aligned) or is listened to."""
         addresses: list[int | None] = []
         bits = 0
         for x in inputs:
@@ -45,7 +47,7 @@ class Replay:
                 at = x.data_ptr()
                 bits |= at
                 addresses.append(at)
-        if bits & 15 or self.device.index != torch.cuda.current_device():
+        if bits & 15 or self.device.index != torch.cuda.current_device() or hooked():
             return None
         made = []
         for shape, dtype, zero in self.made:
@@ -55,8 +57,9 @@ class Replay:
             made.append(x)
             addresses.append(x.data_ptr())
         addresses.append(None)
-        for launch, pick, others in self.launches:
-            launch(*pick(addresses), *others)
+        stream = current_stream(self.device)
+        for compiled, programs, pick, others in self.launches:
+            start(compiled, (programs, 1, 1), stream, pick(addresses) + others)
         return [None if i is None else made[i] for i in self.results]
 
 
@@ -97,7 +100,7 @@ class Call:
             pointers = [nothing if x is None else place.get(id(x)) for x in args[:count]]
             if None in pointers:  # a copy of an input
                 return
-            launches.append((compiled[programs, 1, 1], itemgetter(*pointers), tuple(args[count:])))
+            launches.append((compiled, programs, itemgetter(*pointers), tuple(args[count:])))
         first = len(self.inputs)
         made = [(x.shape, x.dtype, zero) for x, zero in self.made]
         if len(_replays) >= _MOST:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from triton import knobs
 
 from allmem_ops import ttt_mlp
 from allmem_ops.ops.ttt_mlp import replay
@@ -14,18 +15,25 @@ CUDA = torch.cuda.is_available()
 class Kernel:
     """Stands for a compiled kernel: its launches' grids and arguments."""
 
+    function, packed_metadata = 1, 2
+
     def __init__(self):
         self.launched = []
 
-    def __getitem__(self, grid):
-        return lambda *args: self.launched.append((grid, args))
+    def run(self, x, y, z, stream, function, packed, *hooks_and_args):
+        assert (stream, function, packed, *hooks_and_args[:3]) == (77, 1, 2, None, None, None)
+        self.launched.append(((x, y, z), hooks_and_args[3:]))
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
     monkeypatch.setattr(replay, "_replays", {})
-    if not CUDA:
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(replay, "current_stream", lambda _: 77)
 
 
 def filed(q, k, kernel, also=()):
@@ -37,6 +45,7 @@ def filed(q, k, kernel, also=()):
     call.file("key", (counters, None))
 
 
+@pytest.mark.usefixtures("on_a_cpu")
 def test_a_replay_launches_the_same_at_other_addresses():
     kernel = Kernel()
     filed(torch.empty(4), torch.empty(4), kernel)
@@ -50,6 +59,7 @@ def test_a_replay_launches_the_same_at_other_addresses():
     assert replay.replay("another key", (q, None, k)) is None
 
 
+@pytest.mark.usefixtures("on_a_cpu")
 def test_what_can_not_be_done_again_is_not_kept():
     q, k = torch.empty(4), torch.empty(4)
     for first, second, kernel, also in ((q, q, Kernel(), ()), (q, k, None, ()), (q, k, Kernel(), (torch.empty(1),))):
@@ -57,12 +67,24 @@ def test_what_can_not_be_done_again_is_not_kept():
         assert replay.replay("key", (q, None, k)) is None
 
 
+@pytest.mark.usefixtures("on_a_cpu")
+def test_hooks_of_launches_are_not_passed_over(monkeypatch):
+    kernel, x = Kernel(), (torch.empty(4), None, torch.empty(4))
+    filed(torch.empty(4), torch.empty(4), kernel)
+    monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [print])
+    assert replay.replay("key", x) is None and not kernel.launched
+    monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [])
+    assert replay.replay("key", x) is not None and len(kernel.launched) == 2
+
+
+@pytest.mark.usefixtures("on_a_cpu")
 def test_inputs_that_are_not_aligned_are_worked_out():
     kernel = Kernel()
     filed(torch.empty(4), torch.empty(4), kernel)
     assert replay.replay("key", (torch.empty(5)[1:], None, torch.empty(4))) is None and not kernel.launched
 
 
+@pytest.mark.usefixtures("on_a_cpu")
 def test_replays_are_forgotten_before_they_fill_memory(monkeypatch):
     monkeypatch.setattr(replay, "_MOST", 2)
     for _ in range(3):
