@@ -33,6 +33,7 @@ class Decoder:
         check_every: tokens between two looks at the results.
         graph: capture the step; None: on a GPU.
         packed: take `PackedStep`, which holds copies of the projections, and not the model's own forward; None: on a GPU, where it fits.
+            Or the `PackedStep` to take, of this model.
 
     Attributes:
         logits: [B, V] after the last token read, or None before the first.
@@ -69,7 +70,7 @@ class Decoder:
         seed: int | None = None,
         check_every: int = 8,
         graph: bool | None = None,
-        packed: bool | None = None,
+        packed: bool | PackedStep | None = None,
     ) -> None:
         runtime = runtime_of(model)
         check_int("check_every", check_every, 1)
@@ -85,7 +86,9 @@ class Decoder:
         self.sampling = Sampling() if sampling is None else sampling
         self.graph = cuda if graph is None else graph
         packed = cuda and fits(model) if packed is None else packed
-        self.packed = PackedStep(model) if packed else None
+        if isinstance(packed, PackedStep) and packed.model is not model:
+            fail("packed", "must be a PackedStep of `model`", "another model's")
+        self.packed = packed if isinstance(packed, PackedStep) else PackedStep(model) if packed else None
         ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
         ends = [ends] if isinstance(ends, int) else list(ends or ())
         if pad_token_id is None:

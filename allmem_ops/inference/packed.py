@@ -3,8 +3,8 @@
 A step at batch 1 reads every weight and the whole state once and computes next to nothing, so what counts is the number of kernels and the
 bytes. In a layer everything that is linear in the normed input (queries, keys, values, and the memory's whole projection) is one product,
 gate and up projections are another, and the outputs of attention, memory and MLP are added to the residual stream by the products that
-make them. At small batches on a GPU the products are kernels of our own, which take norms and activation in (`kernels/linear.py`), and the
-memory runs beside attention on a stream of its own; at larger ones they are the library's, and torch compiles what stands between them.
+make them. On a GPU the memory runs beside attention on a stream of its own, and torch compiles what stands between the products; on
+request the products of few rows are kernels of our own, which take norms and activation in (`kernels/linear.py`).
 """
 
 import functools
@@ -75,13 +75,19 @@ def _on(device: torch.device, function: Callable) -> Callable:
 
 
 def _joined(layers: list[nn.Linear], extra: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of several linear layers of one input as one, with the rows `extra` after them."""
+    """Weight and bias of several linear layers of one input as one, with the rows `extra` after them.
+
+    Zeros fill up to a multiple of 8 rows: with others, which 3 memory heads give, cuBLAS takes a kernel of an older GPU.
+    """
     weights = [layer.weight.detach() for layer in layers]
-    rows = weights if extra is None else [*weights, extra.to(weights[0].dtype)]
+    rows = [*weights] if extra is None else [*weights, extra.to(weights[0].dtype)]
+    count = sum(w.shape[0] for w in rows)
+    rows.append(weights[0].new_zeros(-count % 8, weights[0].shape[1]))
     if all(layer.bias is None for layer in layers):
         return torch.cat(rows), None
     biases = [w.new_zeros(w.shape[0]) if layer.bias is None else layer.bias.detach() for w, layer in zip(weights, layers, strict=True)]
-    return torch.cat(rows), torch.cat(biases if extra is None else [*biases, weights[0].new_zeros(extra.shape[0])])
+    given = sum(w.shape[0] for w in weights)
+    return torch.cat(rows), torch.cat([*biases, weights[0].new_zeros(count + -count % 8 - given)])
 
 
 @dataclass
@@ -110,13 +116,15 @@ class PackedStep:
     Args:
         model: a converted model of a known family.
         memory: False leaves the memory branches out, and their projections with them.
+        kernels: up to 4 sequences in half precision on a GPU, make the products by our own kernels. Off until they have been timed and
+            tested on one: so far they have run in Triton's interpreter, and compile for three GPU classes.
 
     Raises:
         ValueError: `model` is not converted.
     """
 
-    def __init__(self, model: nn.Module, *, memory: bool = True) -> None:
-        self.model, self.memory = model, memory
+    def __init__(self, model: nn.Module, *, memory: bool = True, kernels: bool = False) -> None:
+        self.model, self.memory, self.kernels = model, memory, kernels
         cuda = memory and model.get_input_embeddings().weight.device.type == "cuda"
         self._side = torch.cuda.Stream(model.get_input_embeddings().weight.device) if cuda else None
         self.refresh()
@@ -170,9 +178,10 @@ class PackedStep:
         return F.linear(_on(x.device, rms_norm)(x, norm.weight, norm.variance_epsilon), self.model.get_output_embeddings().weight)
 
     def _parts(self, x: Tensor) -> "_Plain | _Kernels":
-        """Our kernels where they are made for it, else the library's products."""
+        """Our kernels where they were asked for and are made for it, else the library's products."""
         first = self.layers[0].module.mlp
-        ours = x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and type(first.act_fn).__name__ in _SILU
+        ours = self.kernels and x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+        ours = ours and type(first.act_fn).__name__ in _SILU
         widest = max(first.down_proj.weight.shape[1], self.layers[0].attention.o_proj.weight.shape[1], x.shape[1])
         return _Kernels() if ours and _Kernels.cover(x.shape[0], widest) else _Plain()
 
@@ -192,7 +201,8 @@ class PackedStep:
         readout = None
         with self._beside(x.device):
             if layer.branch is not None and runtime.memory:
-                readout = layer.branch.step_readout(y[:, None, last:], state.memory, active)[:, 0]
+                projected = y[:, None, last : last + layer.branch.in_proj.out_features]
+                readout = layer.branch.step_readout(projected, state.memory, active)[:, 0]
         norms = None
         if hasattr(attention, "q_norm"):
             norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon

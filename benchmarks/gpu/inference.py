@@ -25,6 +25,7 @@ H100 = "NVIDIA H100"
 SDPA, FLEX = "full attention, SDPA, static cache", "full attention, FlexAttention, static cache"
 LONG = 131072  # the context of the gates
 NEVER = (1_000_000_000,)  # an end token that no model writes
+KERNELS = "ours, products by our own kernels"
 AT_8K = "ours after 8,192 tokens"
 CONFIG = AllMemConfig(window=4096, sinks=128, chunk_size=2048, head_dim=64, hidden_dim=128)
 
@@ -99,8 +100,7 @@ def step_call(decoder: Decoder) -> Call:
 
 def decoder_at(model: Any, batch: int, position: int, packed: PackedStep) -> Decoder:
     """A decoder whose sequences have seen `position` tokens: the buffers are full of noise, and its size and cost are those of any text."""
-    decoder = Decoder(model, AllMemCache(model, batch), eos_token_id=NEVER, graph=False, packed=False)
-    decoder.packed = packed
+    decoder = Decoder(model, AllMemCache(model, batch), eos_token_id=NEVER, graph=False, packed=packed)
     for layer in decoder.cache.layers:
         for name, tensor in layer.window.tensors().items():
             tensor.fill_(position) if name == "positions" else tensor.normal_()
@@ -120,6 +120,8 @@ def _steps(name: str, batch: int, context: int, full: bool, constant: bool) -> d
     model = _model(name)
     packed = PackedStep(model)
     calls = {OURS: step_call(decoder_at(model, batch, 1_000_000, packed))}
+    if batch <= 4:
+        calls[KERNELS] = step_call(decoder_at(model, batch, 1_000_000, PackedStep(model, kernels=True)))
     if constant:
         calls[AT_8K] = step_call(decoder_at(model, batch, 8192, packed))
     if full:

@@ -11,7 +11,7 @@ from typing import Any
 
 from allmem_ops.cost import cache_bytes
 from benchmarks.gpu.contest import OURS
-from benchmarks.gpu.inference import AT_8K, FLEX, SDPA, shape_of
+from benchmarks.gpu.inference import AT_8K, FLEX, KERNELS, SDPA, shape_of
 from benchmarks.gpu.report import _verdict
 
 BEGIN, END = "<!-- inference: begin (python -m benchmarks.gpu.inference_report) -->", "<!-- inference: end -->"
@@ -23,21 +23,17 @@ def _ms(results: dict[str, dict], name: str) -> str:
 
 def decode_table(content: dict[str, Any]) -> str:
     """A line a contest: shape, batch, context of the full attention, milliseconds, cache bytes, gates."""
-    head = "| shape | batch | context | ours at 1M | ours at 8k | of the bound | full, SDPA | full, Flex | state / full cache | gates |"
-    rows = [head, "|---|---|---|---|---|---|---|---|---|---|"]
+    columns = ["shape", "batch", "context", "ours at 1M", "with our kernels", "ours at 8k", "of the bound", "full, SDPA", "full, Flex"]
+    columns += ["state / full cache", "gates"]
+    rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for contest in content["contests"]:
         name, batch, context = contest["name"].rsplit("-", 2)
         results, shape = contest["directions"]["step"], shape_of(name)
         count = int(batch.removeprefix("B"))
         sizes = (count * cache_bytes(shape, int(context), mixer) / 1e9 for mixer in ("allmem", "full"))
         gates = "; ".join(_verdict(v) for v in contest["verdicts"])
-        times = [
-            _ms(results, OURS),
-            _ms(results, AT_8K),
-            f"{results[OURS]['percent_of_copy']:.0f} %",
-            _ms(results, SDPA),
-            _ms(results, FLEX),
-        ]
+        bound = f"{results[OURS]['percent_of_copy']:.0f} %"
+        times = [*(_ms(results, n) for n in (OURS, KERNELS, AT_8K)), bound, _ms(results, SDPA), _ms(results, FLEX)]
         cells = [name, str(count), f"{int(context):,}", *times, " / ".join(f"{x:.2f} GB" for x in sizes), gates]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)

@@ -5,6 +5,7 @@ import torch
 
 from allmem_ops.hf import AllMemCache, convert, memory_mode
 from allmem_ops.inference import Decoder, Sampling
+from allmem_ops.inference.packed import PackedStep
 from allmem_ops.testing import assert_within_budget
 from tests.hf.test_cache import left_padded
 from tests.hf.tiny import FAMILY_NAMES, VOCAB, awaken, tiny_config, tiny_model, tokens
@@ -228,7 +229,9 @@ def test_what_does_not_fit_is_refused(device):
     if not CUDA:
         with pytest.raises(ValueError, match="`graph` must be False without a CUDA device"):
             Decoder(model, graph=True)
-    decoder = Decoder(model)
+    with pytest.raises(ValueError, match="`packed` must be a PackedStep of `model`"):
+        Decoder(model, packed=PackedStep(built(device)))
+    decoder = Decoder(model, packed=PackedStep(model))
     decoder.read(tokens(1, 5))
     decoder.cache.batch_repeat_interleave(2)
     with pytest.raises(ValueError, match="`cache` must hold the 1 sequences that it was given with; got 2"):
