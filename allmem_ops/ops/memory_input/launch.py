@@ -16,24 +16,23 @@ from allmem_ops.ops.memory_input.kernels.sums import memory_input_bwd_sums_kerne
 from allmem_ops.ops.memory_input.reference import Inputs, Options
 from allmem_ops.ops.precision import accumulator_dtype
 
-# TILE: channels of a tile. PER_SM: programs a streaming multiprocessor, about. SPAN: tokens of a program, at least. AHEAD: whether a
-# step's loads are made a step before. The first config of each is the fastest of those that were timed; AHEAD = 1 was only compiled.
+# TILE: channels of a tile. PER_SM: programs a streaming multiprocessor, about: backward all run at once (its partial sums grow with them),
+# forward many are queued. SPAN: tokens of a program, at least.
 _FWD: Table = {
     ("sm80", "rows"): [
-        Config({"TILE": 256, "PER_SM": 32, "SPAN": 16, "AHEAD": 0, "STEP": 4}, 2, 1),
-        Config({"TILE": 512, "PER_SM": 7, "SPAN": 16, "AHEAD": 1, "STEP": 4}, 4, 1),
+        Config({"TILE": 256, "PER_SM": 96, "SPAN": 16}, 2, 1),
+        Config({"TILE": 512, "PER_SM": 48, "SPAN": 16}, 4, 1),
     ]
 }
 _BWD: Table = {
     ("sm80", "rows"): [
-        Config({"TILE": 256, "PER_SM": 8, "SPAN": 16, "AHEAD": 0, "STEP": 4}, 2, 1),
-        Config({"TILE": 512, "PER_SM": 3, "SPAN": 16, "AHEAD": 1, "STEP": 4}, 4, 1),
+        Config({"TILE": 128, "PER_SM": 16, "SPAN": 16}, 1, 1, 128),
+        Config({"TILE": 256, "PER_SM": 8, "SPAN": 16}, 2, 1, 128),
     ]
 }
-# (tokens, columns) of a tile of the programs for the columns after q, k and v: backward's small enough for the walkers' registers.
-_HEADS_FWD, _HEADS_BWD = (16, 64), (8, 64)
-_HEADS_PER_SM = 2  # of them, backward, for each tile's columns: each keeps a part of the bias's sums
-_SUM_ROWS, _SUM_COLUMNS, _SUM_WARPS = 64, 32, 4  # tile of the kernel that adds the programs' parts
+_STEP_FWD, _STEP_BWD = 4, 2  # tokens of a step
+_HEADS = 8, 64  # (tokens, columns) of a tile of the columns after q, k and v
+_SUM_ROWS, _SUM_COLUMNS, _SUM_WARPS = 256, 16, 8  # tile of the kernel that adds the programs' parts
 
 
 class _Plan(NamedTuple):
@@ -54,8 +53,8 @@ class _Plan(NamedTuple):
     warps: int
 
 
-def _plan(B: int, T: int, H: int, W: int, extra: int, config: Config, device: torch.device) -> _Plan:
-    """`extra`: tokens past its span that a program walks through."""
+def _plan(B: int, T: int, H: int, W: int, step: int, extra: int, config: Config, device: torch.device) -> _Plan:
+    """`step`: tokens at a time; `extra`: tokens past its span that a program walks through."""
     constants = config.constants
     BW, BR = 1 << (W - 1).bit_length(), 1
     # Heads side by side make longer runs of memory, as long as no more than a quarter of the lanes lies idle.
@@ -64,7 +63,7 @@ def _plan(B: int, T: int, H: int, W: int, extra: int, config: Config, device: to
     blocks = -(-H // BR)
     spans = max(1, constants["PER_SM"] * sm_count(device) // (3 * blocks * B))
     span = max(constants["SPAN"], -(-T // spans))
-    span += -(span + extra) % constants["STEP"]  # whole steps
+    span += -(span + extra) % step  # whole steps
     spans = -(-T // span)
     warps = max(1, min(16, config.num_warps * BR * BW // constants["TILE"]))
     return _Plan(BR, BW, blocks, span, spans, 3 * blocks * spans * B, warps)
@@ -102,18 +101,16 @@ def _forward(x: Inputs, o: Options, active: Tensor | None, update: bool) -> tupl
     sequence, position = _places(x.cu_seqlens, T)
     unit, (s_b, s_t) = _in_units(*x.projected.stride()[:2])
     tail = x.tail if x.tail is None or update else x.tail.contiguous()
-    tile = _HEADS_FWD
-    heads = -(-T // tile[0]) * B * -(-columns // tile[1])
 
     def run(config: Config) -> None:
-        plan = _plan(B, T, o.heads, W, 0, config, device)
+        plan = _plan(B, T, o.heads, W, _STEP_FWD, 0, config, device)
         if update:
             plan = plan._replace(span=T, spans=1, programs=3 * plan.blocks * B)
         args = [x.projected, x.conv_weight.contiguous(), x.q_norm, x.k_norm, x.head_bias.contiguous(), *outputs]
-        args += [tail, active, sequence, position, T, plan.span, plan.spans, heads, o.norm_eps, o.l2_eps, s_b, s_t, x.projected.stride(2)]
-        args += [unit, o.heads, W, columns - 4 * o.heads, taps, update, o.silu, o.l2, plan.BR, plan.BW, *tile]
-        args += [not interpreted(device), config.constants["AHEAD"], config.constants["STEP"]]
-        launch_plain(memory_input_fwd_kernel, device, heads + plan.programs, args, config.launch_options() | {"num_warps": plan.warps})
+        args += [tail, active, sequence, position, T, plan.span, plan.spans, o.norm_eps, o.l2_eps, s_b, s_t, x.projected.stride(2)]
+        args += [unit, o.heads, W, columns - 4 * o.heads, taps, update, o.silu, o.l2, plan.BR, plan.BW, *_HEADS]
+        args.append(not interpreted(device))
+        launch_plain(memory_input_fwd_kernel, device, plan.programs, args, config.launch_options() | {"num_warps": plan.warps})
 
     run(choose("memory_input_fwd", _FWD, gpu_class(device), "rows", None if update else run))
     return outputs
@@ -142,29 +139,26 @@ def launch_backward(gradients: Sequence[Tensor], x: Inputs, o: Options) -> tuple
         return tuple(None if g is None else g.zero_() for g in grads)
     sequence, position = _places(x.cu_seqlens, T)
     unit, (s_b, s_t, s_dx_b, s_dx_t) = _in_units(*x.projected.stride()[:2], *dprojected.stride()[:2])
-    tile = _HEADS_BWD
-    head_blocks = -(-T // tile[0]) * B
-    head_parts = min(head_blocks, _HEADS_PER_SM * sm_count(device))
-    head_programs = head_parts * -(-columns // tile[1])
     tail = None if x.tail is None else x.tail.contiguous()
 
     def run(config: Config) -> None:
-        plan = _plan(B, T, o.heads, W, taps - 1, config, device)
+        plan = _plan(B, T, o.heads, W, _STEP_BWD, taps - 1, config, device)
         parts = B * plan.spans
         tap_sums = torch.empty(parts, taps, channels, dtype=torch.float32, device=device)
         norm_sums = None if x.q_norm is None else torch.empty(parts * plan.blocks, 2, plan.BW, dtype=torch.float32, device=device)
-        bias_sums = torch.empty(head_parts, columns, dtype=torch.float32, device=device)
+        shares = plan.blocks if columns <= _HEADS[1] else 3 * plan.blocks
+        bias_sums = torch.empty(parts * shares, columns, dtype=torch.float32, device=device)
         args = [*gradients, x.projected, x.conv_weight.contiguous(), x.q_norm, x.k_norm, x.head_bias.contiguous(), dprojected]
         args += [tail, sequence, position, tap_sums, norm_sums, bias_sums]
-        args += [T, plan.span, plan.spans, head_parts, head_blocks, o.norm_eps, o.l2_eps, s_b, s_t, x.projected.stride(2)]
+        args += [T, plan.span, plan.spans, o.norm_eps, o.l2_eps, s_b, s_t, x.projected.stride(2)]
         for g in gradients:
             args += g.stride()
         args += [s_dx_b, s_dx_t, unit, o.heads, W, columns - 4 * o.heads, taps, o.silu, o.l2, plan.BR, plan.BW]
-        args += [*tile, not interpreted(device), config.constants["AHEAD"], config.constants["STEP"]]
+        args += [*_HEADS, not interpreted(device)]
         options = config.launch_options() | {"num_warps": plan.warps}
-        launch_plain(memory_input_bwd_kernel, device, head_programs + plan.programs, args, options)
+        launch_plain(memory_input_bwd_kernel, device, plan.programs, args, options)
         widths = taps * channels, columns, 0 if norm_sums is None else 2 * plan.BW
-        args = [tap_sums, norm_sums, bias_sums, dtaps, dq_norm, dk_norm, dbias, parts, parts * plan.blocks, head_parts]
+        args = [tap_sums, norm_sums, bias_sums, dtaps, dq_norm, dk_norm, dbias, parts, parts * plan.blocks, parts * shares]
         args += [channels, W, columns, taps, plan.BW, _SUM_ROWS, _SUM_COLUMNS]
         programs = sum(-(-n // _SUM_COLUMNS) for n in widths)
         launch_plain(memory_input_bwd_sums_kernel, device, programs, args, {"num_warps": _SUM_WARPS})

@@ -21,10 +21,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]  # no bfloat16 in the interpreter
 # Two heads of 8 channels a tile and spans of four tokens: several blocks of heads and spans at the tests' sizes.
-SMALL, AHEAD = (
-    {("sm80", "rows"): [Config({"TILE": 16, "PER_SM": 64, "SPAN": 4, "AHEAD": ahead, "STEP": step}, 4, 1)]}
-    for ahead, step in ((0, 4), (1, 2))
-)
+SMALL = {("sm80", "rows"): [Config({"TILE": 16, "PER_SM": 64, "SPAN": 4}, 4, 1)]}
 
 
 _IN_THE_INTERPRETER = pytest.mark.skipif(
@@ -36,8 +33,7 @@ _IN_THE_INTERPRETER = pytest.mark.skipif(
 def _small(monkeypatch) -> None:
     monkeypatch.setattr(launch, "_FWD", SMALL)
     monkeypatch.setattr(launch, "_BWD", SMALL)
-    monkeypatch.setattr(launch, "_HEADS_FWD", (4, 8))
-    monkeypatch.setattr(launch, "_HEADS_BWD", (4, 8))
+    monkeypatch.setattr(launch, "_HEADS", (2, 8))
     monkeypatch.setattr(launch, "_SUM_ROWS", 2)
     monkeypatch.setattr(launch, "sm_count", lambda device: 1)
 
@@ -99,11 +95,7 @@ def test_every_form_equals_the_reference(case: Case):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("ahead", [False, True])
-def test_many_small_spans(case: Case, ahead: bool, monkeypatch: pytest.MonkeyPatch):
-    if ahead:
-        monkeypatch.setattr(launch, "_FWD", AHEAD)
-        monkeypatch.setattr(launch, "_BWD", AHEAD)
+def test_many_small_spans(case: Case):
     compare(case)
 
 
@@ -131,7 +123,7 @@ def test_small_and_large_rates_keep_their_digits():
     x["head_bias"].zero_()
     eta = case.call({n: v.to(DEVICE) for n, v in x.items()}, "triton").eta.cpu().double()
     want = torch.nn.functional.softplus(logits[..., : 3 * case.heads].double(), threshold=50).view_as(eta)
-    torch.testing.assert_close(eta, want, rtol=5e-6, atol=0)  # log(1 + e^x) as it stands is 1e-3 off at -9 and 0 from -17 on
+    torch.testing.assert_close(eta, want, rtol=5e-6, atol=0)  # log(1 + e^x) as it stands is 5e-4 off at -9 and 0 from -17 on
 
 
 def _step(case: Case, x: dict, state: ConvTail, impl: str, active=None):
@@ -316,7 +308,7 @@ _FAULTS = {
     "the RMSNorm's mean": (bwd, "b_y * (b_r * b_r * b_dot / W)", "b_y * 0.0"),
     "sums over a span's neighbours too": (bwd, "b_own = tl.where(own, b_dc, 0.0)", "b_own = b_dc"),
     "norm sums over a span's neighbours too": (bwd, "tl.where(own, b_rl, 0.0)", "b_rl"),
-    "gradients stop at a span": (bwd, "tl.range(first, end + (TAPS - 1), STEP)", "tl.range(first, end, STEP)"),
+    "gradients stop at a span": (bwd, "tl.range(first, end + (TAPS - 1), 2)", "tl.range(first, end, 2)"),
     "gradients cross into the next sequence": (bwd, "b_dc3 = tl.where(position >= 3, b_dc, 0.0)", "b_dc3 = b_dc"),
     "eta's slope": (heads, "b_deta * b_s +", "b_deta +"),
     "mu's slope": (heads, "b_s * (1 - b_s)", "b_s"),

@@ -8,7 +8,7 @@ from allmem_ops.ops.memory_input.kernels.walk import (
     below,
     convolved,
     earlier,
-    load_step,
+    load_pair,
     load_taps,
     norm_factors,
     program_place,
@@ -160,17 +160,15 @@ def _walk(
     RMS: tl.constexpr,
     L2: tl.constexpr,
     FAST: tl.constexpr,
-    AHEAD: tl.constexpr,
-    STEP: tl.constexpr,
 ):
     """p_x, p_do, p_dx: at token 0 of the row."""
     C: tl.constexpr = 3 * H * W
     BW: tl.constexpr = m_x.shape[1]
+    # Before everything else: they wait for the memory, and the taps' loads end at a barrier.
     p_now = p_x + tl.cast(first, tl.int64) * s_t
     p_do += tl.cast(first, tl.int64) * s_do_t
-    if AHEAD:  # before everything else: what they wait for is the memory, and the taps' loads end at a barrier
-        b_next, b_next1, b_next2, b_next3 = load_step(p_now, s_t, first, T, m_x, STEP)
-        b_dnext, b_dnext1, b_dnext2, b_dnext3 = load_step(p_do, s_do_t, first, T, m_x, STEP)
+    b_next, b_next1 = load_pair(p_now, s_t, first, T, m_x)
+    b_dnext, b_dnext1 = load_pair(p_do, s_do_t, first, T, m_x)
     position, o_tail = token_place(i_b, first, T, p_tail, p_sequence, p_position, (TAPS - 1) * C)
     b_x1 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 1, TAPS, C)
     b_x2 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 2, TAPS, C)
@@ -185,21 +183,13 @@ def _walk(
     b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = b_zero, b_zero, b_zero, b_zero, b_zero
     p_dx += tl.cast(first - (TAPS - 1), tl.int64) * s_dx_t
     # TAPS - 1 tokens past the span add to the gradients of its last inputs.
-    for i_t in tl.range(first, end + (TAPS - 1), STEP):
-        if AHEAD:
-            p_now += STEP * s_t
-            p_do += STEP * s_do_t
-            b_a, b_b, b_c, b_d = b_next, b_next1, b_next2, b_next3
-            b_da, b_db, b_dc, b_dd = b_dnext, b_dnext1, b_dnext2, b_dnext3
-            b_next, b_next1, b_next2, b_next3 = load_step(p_now, s_t, i_t + STEP, T, m_x, STEP)
-            b_dnext, b_dnext1, b_dnext2, b_dnext3 = load_step(p_do, s_do_t, i_t + STEP, T, m_x, STEP)
-        else:
-            b_a, b_b, b_c, b_d = load_step(p_now, s_t, i_t, T, m_x, STEP)
-            b_da, b_db, b_dc, b_dd = load_step(p_do, s_do_t, i_t, T, m_x, STEP)
-            p_now += STEP * s_t
-            p_do += STEP * s_do_t
-        b_a, b_b, b_c, b_d = b_a.to(tl.float32), b_b.to(tl.float32), b_c.to(tl.float32), b_d.to(tl.float32)
-        b_da, b_db, b_dc, b_dd = b_da.to(tl.float32), b_db.to(tl.float32), b_dc.to(tl.float32), b_dd.to(tl.float32)
+    for i_t in tl.range(first, end + (TAPS - 1), 2):
+        b_a, b_b, b_da, b_db = b_next, b_next1, b_dnext, b_dnext1
+        p_now += 2 * s_t
+        p_do += 2 * s_do_t
+        b_next, b_next1 = load_pair(p_now, s_t, i_t + 2, T, m_x)
+        b_dnext, b_dnext1 = load_pair(p_do, s_do_t, i_t + 2, T, m_x)
+        b_a, b_b, b_da, b_db = b_a.to(tl.float32), b_b.to(tl.float32), b_da.to(tl.float32), b_db.to(tl.float32)
         # fmt: off
         b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
             i_b, i_t, b_a, b_x1, b_x2, b_x3, b_da, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
@@ -207,20 +197,9 @@ def _walk(
         b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
             i_b, i_t + 1, b_b, b_a, b_x1, b_x2, b_db, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
             b_norm, p_dx + s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
-        if STEP == 4:
-            b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
-                i_b, i_t + 2, b_c, b_b, b_a, b_x1, b_dc, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
-                b_norm, p_dx + 2 * s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS,
-                L2, FAST)
-            b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm = _token(
-                i_b, i_t + 3, b_d, b_c, b_b, b_a, b_dd, b_dx1, b_dx2, b_dx3, b_dw, b_dw1, b_dw2, b_dw3, b_dnorm, b_w, b_w1, b_w2, b_w3,
-                b_norm, p_dx + 3 * s_dx_t, p_tail, p_sequence, p_position, first, end, T, m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS,
-                L2, FAST)
-            b_x1, b_x2, b_x3 = b_d, b_c, b_b
-        else:
-            b_x1, b_x2, b_x3 = b_b, b_a, b_x1
         # fmt: on
-        p_dx += STEP * s_dx_t
+        b_x1, b_x2, b_x3 = b_b, b_a, b_x1
+        p_dx += 2 * s_dx_t
     tl.store(p_tap_sums + (TAPS - 1) * C, b_dw, mask=m_x)
     if TAPS > 1:
         tl.store(p_tap_sums + (TAPS - 2) * C, b_dw1, mask=m_x)
@@ -233,8 +212,8 @@ def _walk(
 
 
 @triton.jit(
-    do_not_specialize=["T", "span", "spans", "head_parts", "head_blocks", "rms_eps", "l2_eps", "s_b", "s_t", "s_dx_b", "s_dx_t"],
-    do_not_specialize_on_alignment=["T", "span", "spans", "head_parts", "head_blocks", "s_b", "s_t", "s_dx_b", "s_dx_t"],
+    do_not_specialize=["T", "span", "spans", "rms_eps", "l2_eps", "s_b", "s_t", "s_dx_b", "s_dx_t"],
+    do_not_specialize_on_alignment=["T", "span", "spans", "s_b", "s_t", "s_dx_b", "s_dx_t"],
 )
 def memory_input_bwd_kernel(
     p_dq,
@@ -258,8 +237,6 @@ def memory_input_bwd_kernel(
     T,
     span,
     spans,
-    head_parts,
-    head_blocks,
     rms_eps,
     l2_eps,
     s_b,
@@ -301,28 +278,19 @@ def memory_input_bwd_kernel(
     BT: tl.constexpr,
     BE: tl.constexpr,
     FAST: tl.constexpr,
-    AHEAD: tl.constexpr,
-    STEP: tl.constexpr,
 ):
-    """The first programs, `head_parts` for each BE columns: the columns after q, k and v. The others: a span of tokens, BR heads.
+    """A program: a span of tokens, BR heads of q, of k or of v, and its share of the columns after them.
 
-    Strides of the projection and its gradient are in units of UNIT elements. What each program adds: p_bias_sums, see `heads_backward`;
-    p_tap_sums fp32 [B * spans, TAPS, 3*H*W], p_norm_sums fp32 [B * spans * blocks of heads, 2, BW].
+    Strides of the projection and its gradient are in units of UNIT elements. What each program adds:
+    p_tap_sums fp32 [B * spans, TAPS, 3*H*W], p_norm_sums fp32 [B * spans * blocks of heads, 2, BW], p_bias_sums fp32
+    [B * spans, shares, 4*H + G].
     """
     s_b, s_t, s_dx_b, s_dx_t = times(s_b, UNIT), times(s_t, UNIT), times(s_dx_b, UNIT), times(s_dx_t, UNIT)
-    NE: tl.constexpr = (4 * H + G + BE - 1) // BE
-    i = tl.program_id(0)
-    if i < head_parts * NE:
-        # fmt: off
-        heads_backward(i, head_parts, p_deta, p_dmu, p_dgate, p_x + 3 * H * W * tl.cast(s_c, tl.int64), p_bias, p_dx + 3 * H * W,
-                       p_bias_sums, T, head_blocks, s_b, s_t, s_c, s_deta_b, s_deta_t, s_deta_h, s_deta_i, s_dmu_b, s_dmu_t, s_dmu_h,
-                       s_dgate_b, s_dgate_t, s_dgate_c, s_dx_b, s_dx_t, H, G, BT, BE, FAST)
-        # fmt: on
-        return
-    i_b, i_span, i_kind, i_block = program_place(i - head_parts * NE, spans, H, BR)
+    i_b, i_span, i_kind, i_block = program_place(tl.program_id(0), spans, H, BR)
     o_h, o_w = i_block * BR + tl.arange(0, BR), tl.arange(0, BW)
     m_x = (o_h < H)[:, None] & (o_w < W)[None, :]
     o_c = i_kind * (H * W) + o_h[:, None] * W + o_w[None, :]
+    p_logits, p_dlogits = p_x + 3 * H * W * tl.cast(s_c, tl.int64), p_dx + 3 * H * W
     p_x += i_b * s_b + tl.cast(o_c, tl.int64) * s_c
     p_dx += i_b * s_dx_b + o_c
     if p_tail is not None:
@@ -330,16 +298,16 @@ def memory_input_bwd_kernel(
     first = i_span * span
     end = tl.minimum(first + span, T)
     i_part = i_b * spans + i_span
+    NB: tl.constexpr = (H + BR - 1) // BR
     p_tap_sums += i_part * (TAPS * 3 * H * W) + o_c
     if p_norm_sums is not None:
-        NB: tl.constexpr = (H + BR - 1) // BR
         p_norm_sums += ((i_part * NB + i_block) * 2 + i_kind) * BW
     o_h, o_w = tl.cast(o_h, tl.int64)[:, None], tl.cast(o_w, tl.int64)[None, :]
     # fmt: off
     if i_kind == 2:
         p_do = p_dv + i_b * s_dv_b + o_h * s_dv_h + o_w * s_dv_w
         _walk(i_b, first, end, T, p_x, p_taps, None, p_do, p_dx, p_tail, p_sequence, p_position, p_tap_sums, p_norm_sums, o_c, m_x,
-              s_t, s_dv_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, True, False, False, FAST, AHEAD, STEP)
+              s_t, s_dv_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, True, False, False, FAST)
     else:
         p_do, p_norm, s_do_t = p_dq + i_b * s_dq_b + o_h * s_dq_h + o_w * s_dq_w, p_q_norm, s_dq_t
         if i_kind == 1:
@@ -347,5 +315,15 @@ def memory_input_bwd_kernel(
             if p_k_norm is not None:
                 p_norm = p_k_norm
         _walk(i_b, first, end, T, p_x, p_taps, p_norm, p_do, p_dx, p_tail, p_sequence, p_position, p_tap_sums, p_norm_sums, o_c, m_x,
-              s_t, s_do_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, SILU, p_q_norm is not None, L2, FAST, AHEAD, STEP)
+              s_t, s_do_t, s_dx_t, rms_eps, l2_eps, H, W, TAPS, SILU, p_q_norm is not None, L2, FAST)
+    if 4 * H + G <= BE:
+        if i_kind == 2:  # whose walkers have no norms
+            heads_backward(i_b, first, end, i_block, p_deta, p_dmu, p_dgate, p_logits, p_bias, p_dlogits,
+                           p_bias_sums + (i_part * NB + i_block) * (4 * H + G), s_b, s_t, s_c, s_deta_b, s_deta_t, s_deta_h, s_deta_i,
+                           s_dmu_b, s_dmu_t, s_dmu_h, s_dgate_b, s_dgate_t, s_dgate_c, s_dx_b, s_dx_t, H, G, NB, BT, BE, FAST)
+    else:
+        i_share = i_kind * NB + i_block
+        heads_backward(i_b, first, end, i_share, p_deta, p_dmu, p_dgate, p_logits, p_bias, p_dlogits,
+                       p_bias_sums + (i_part * 3 * NB + i_share) * (4 * H + G), s_b, s_t, s_c, s_deta_b, s_deta_t, s_deta_h, s_deta_i,
+                       s_dmu_b, s_dmu_t, s_dmu_h, s_dgate_b, s_dgate_t, s_dgate_c, s_dx_b, s_dx_t, H, G, 3 * NB, BT, BE, FAST)
     # fmt: on

@@ -8,7 +8,7 @@ from allmem_ops.ops.memory_input.kernels.walk import (
     below,
     convolved,
     earlier,
-    load_step,
+    load_pair,
     load_taps,
     norm_factors,
     program_place,
@@ -89,15 +89,14 @@ def _walk(
     RMS: tl.constexpr,
     L2: tl.constexpr,
     FAST: tl.constexpr,
-    AHEAD: tl.constexpr,
-    STEP: tl.constexpr,
 ):
     """p_x, p_out: at token 0 of the row."""
     D: tl.constexpr = H * W
     C: tl.constexpr = 3 * D
+    # Before everything else: they wait for the memory, and the taps' loads end at a barrier.
     p_now = p_x + tl.cast(first, tl.int64) * s_t
-    if AHEAD:  # before everything else: what they wait for is the memory, and the taps' loads end at a barrier
-        b_next, b_next1, b_next2, b_next3 = load_step(p_now, s_t, first, end, m_x, STEP)
+    b_next, b_next1 = load_pair(p_now, s_t, first, end, m_x)
+    b_next2, b_next3 = load_pair(p_now + 2 * s_t, s_t, first + 2, end, m_x)
     position, o_tail = token_place(i_b, first, end, p_tail, p_sequence, p_position, (TAPS - 1) * C)
     b_x1 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 1, TAPS, C)
     b_x2 = earlier(p_x, s_t, p_tail, o_tail, first, position, m_x, 2, TAPS, C)
@@ -109,30 +108,24 @@ def _walk(
         b_norm = tl.load(p_norm + o_w, mask=o_w < W, other=0.0).to(tl.float32)[None, :]
     # Pointers move on with the loop: the products of 64 bits for a token's place were a tenth of all instructions.
     p_out += tl.cast(first, tl.int64) * D
-    for i_t in tl.range(first, end, STEP):
-        if AHEAD:
-            p_now += STEP * s_t
-            b_a, b_b, b_c, b_d = b_next, b_next1, b_next2, b_next3
-            b_next, b_next1, b_next2, b_next3 = load_step(p_now, s_t, i_t + STEP, end, m_x, STEP)
-        else:
-            b_a, b_b, b_c, b_d = load_step(p_now, s_t, i_t, end, m_x, STEP)
-            p_now += STEP * s_t
+    for i_t in tl.range(first, end, 4):
+        b_a, b_b, b_c, b_d = b_next, b_next1, b_next2, b_next3
+        p_now += 4 * s_t
+        b_next, b_next1 = load_pair(p_now, s_t, i_t + 4, end, m_x)
+        b_next2, b_next3 = load_pair(p_now + 2 * s_t, s_t, i_t + 6, end, m_x)
         b_a, b_b, b_c, b_d = b_a.to(tl.float32), b_b.to(tl.float32), b_c.to(tl.float32), b_d.to(tl.float32)
         # fmt: off
         _token(i_b, i_t, b_a, b_x1, b_x2, b_x3, b_w, b_w1, b_w2, b_w3, b_norm, p_out, p_tail, p_sequence, p_position, end, m_x,
                rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
         _token(i_b, i_t + 1, b_b, b_a, b_x1, b_x2, b_w, b_w1, b_w2, b_w3, b_norm, p_out + D, p_tail, p_sequence, p_position, end, m_x,
                rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
-        if STEP == 4:
-            _token(i_b, i_t + 2, b_c, b_b, b_a, b_x1, b_w, b_w1, b_w2, b_w3, b_norm, p_out + 2 * D, p_tail, p_sequence, p_position, end,
-                   m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
-            _token(i_b, i_t + 3, b_d, b_c, b_b, b_a, b_w, b_w1, b_w2, b_w3, b_norm, p_out + 3 * D, p_tail, p_sequence, p_position, end,
-                   m_x, rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
-            b_x1, b_x2, b_x3 = b_d, b_c, b_b
-        else:
-            b_x1, b_x2, b_x3 = b_b, b_a, b_x1
+        _token(i_b, i_t + 2, b_c, b_b, b_a, b_x1, b_w, b_w1, b_w2, b_w3, b_norm, p_out + 2 * D, p_tail, p_sequence, p_position, end, m_x,
+               rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
+        _token(i_b, i_t + 3, b_d, b_c, b_b, b_a, b_w, b_w1, b_w2, b_w3, b_norm, p_out + 3 * D, p_tail, p_sequence, p_position, end, m_x,
+               rms_eps, l2_eps, H, W, TAPS, SILU, RMS, L2, FAST)
         # fmt: on
-        p_out += STEP * D
+        b_x1, b_x2, b_x3 = b_d, b_c, b_b
+        p_out += 4 * D
 
 
 @triton.jit
@@ -153,8 +146,8 @@ def _update_tail(i_b, p_x, p_tail, p_active, T, m_x, s_t, TAPS: tl.constexpr, C:
 
 
 @triton.jit(
-    do_not_specialize=["T", "span", "spans", "head_programs", "rms_eps", "l2_eps", "s_b", "s_t"],
-    do_not_specialize_on_alignment=["T", "span", "spans", "head_programs", "s_b", "s_t"],
+    do_not_specialize=["T", "span", "spans", "rms_eps", "l2_eps", "s_b", "s_t"],
+    do_not_specialize_on_alignment=["T", "span", "spans", "s_b", "s_t"],
 )
 def memory_input_fwd_kernel(
     p_x,
@@ -175,7 +168,6 @@ def memory_input_fwd_kernel(
     T,
     span,
     spans,
-    head_programs,
     rms_eps,
     l2_eps,
     s_b,
@@ -194,24 +186,19 @@ def memory_input_fwd_kernel(
     BT: tl.constexpr,
     BE: tl.constexpr,
     FAST: tl.constexpr,
-    AHEAD: tl.constexpr,
-    STEP: tl.constexpr,
 ):
-    """The first `head_programs` programs: BT tokens by BE columns of those after q, k and v. The others: a span of tokens, BR heads.
+    """A program: a span of tokens, BR heads of q, of k or of v, and its share of the columns after them.
 
     Strides s_b and s_t are in units of UNIT elements. UPDATE: p_tail becomes what comes before token T, in the rows that p_active
     names; needs one span, so that no other program reads what this one overwrites.
     """
     s_b, s_t = times(s_b, UNIT), times(s_t, UNIT)
-    i = tl.program_id(0)
-    if i < head_programs:
-        heads_forward(i, p_x + 3 * H * W * tl.cast(s_c, tl.int64), p_bias, p_eta, p_mu, p_gate, T, s_b, s_t, s_c, H, G, BT, BE, FAST)
-        return
-    i_b, i_span, i_kind, i_block = program_place(i - head_programs, spans, H, BR)
+    i_b, i_span, i_kind, i_block = program_place(tl.program_id(0), spans, H, BR)
     o_h, o_w = i_block * BR + tl.arange(0, BR), tl.arange(0, BW)
     m_x = (o_h < H)[:, None] & (o_w < W)[None, :]
     o_out = o_h[:, None] * W + o_w[None, :]
     o_c = i_kind * (H * W) + o_out
+    p_logits = p_x + 3 * H * W * tl.cast(s_c, tl.int64)
     p_x += i_b * s_b + tl.cast(o_c, tl.int64) * s_c
     if p_tail is not None:
         p_tail += o_c
@@ -221,7 +208,7 @@ def memory_input_fwd_kernel(
     # fmt: off
     if i_kind == 2:
         _walk(i_b, first, end, p_x, p_taps, None, p_v + o_out, p_tail, p_sequence, p_position, o_c, m_x, s_t, rms_eps, l2_eps,
-              H, W, TAPS, True, False, False, FAST, AHEAD, STEP)
+              H, W, TAPS, True, False, False, FAST)
     else:
         p_out, p_norm = p_q, p_q_norm
         if i_kind == 1:
@@ -229,7 +216,14 @@ def memory_input_fwd_kernel(
             if p_k_norm is not None:
                 p_norm = p_k_norm
         _walk(i_b, first, end, p_x, p_taps, p_norm, p_out + o_out, p_tail, p_sequence, p_position, o_c, m_x, s_t, rms_eps, l2_eps,
-              H, W, TAPS, SILU, p_q_norm is not None, L2, FAST, AHEAD, STEP)
+              H, W, TAPS, SILU, p_q_norm is not None, L2, FAST)
     # fmt: on
+    NB: tl.constexpr = (H + BR - 1) // BR
+    if 4 * H + G <= BE:
+        if i_kind == 2:  # whose walkers have no norms
+            heads_forward(i_b, first, end, i_block, p_logits, p_bias, p_eta, p_mu, p_gate, T, s_b, s_t, s_c, H, G, NB, BT, BE, FAST)
+    else:
+        i_share = i_kind * NB + i_block
+        heads_forward(i_b, first, end, i_share, p_logits, p_bias, p_eta, p_mu, p_gate, T, s_b, s_t, s_c, H, G, 3 * NB, BT, BE, FAST)
     if UPDATE:
         _update_tail(i_b, p_x, p_tail, p_active, T, m_x, s_t, TAPS, 3 * H * W)

@@ -1,9 +1,9 @@
 """What forward and backward share: a program's place, the inputs before a token, the taps, a head's norms.
 
-A program walks through `span` tokens of one sequence batch, four a step, for BR heads of q, of k or of v. Each input is read once and
-stays in registers for the taps of the next three tokens. Four a step for two reasons: after four tokens the registers carry their
-old names again (no moves), and the reductions of four independent tokens hide each other's latency. With AHEAD a step's tiles are
-loaded a step before, at the price of registers.
+A program walks through `span` tokens of one sequence batch for BR heads of q, of k or of v, forward four tokens a step and backward two.
+Each input is read once, a step before its tokens' turn, and stays in registers for the taps of the next three tokens. More than one
+token a step: their reductions hide each other's latency, and fewer registers change their names at its end. Backward, four were as many
+instructions as do not stay in the instruction cache, and more registers.
 """
 
 import triton
@@ -35,17 +35,11 @@ def below(m_x, a, b):
 
 
 @triton.jit
-def load_step(p_x, s_t, i_t, end, m_x, STEP: tl.constexpr):
-    """[BR, BW] each, as stored: the tiles at token i_t, where p_x points, and the STEP - 1 after it; zeros from `end` on. Always four."""
-    p_x1 = p_x + s_t
+def load_pair(p_x, s_t, i_t, end, m_x):
+    """[BR, BW] each, as stored: the tiles at token i_t, where p_x points, and at the next; zeros from `end` on."""
     b_x = tl.load(p_x, mask=below(m_x, i_t, end), other=0.0)
-    b_x1 = tl.load(p_x1, mask=below(m_x, i_t + 1, end), other=0.0)
-    b_x2, b_x3 = b_x, b_x1
-    if STEP == 4:
-        p_x2 = p_x1 + s_t
-        b_x2 = tl.load(p_x2, mask=below(m_x, i_t + 2, end), other=0.0)
-        b_x3 = tl.load(p_x2 + s_t, mask=below(m_x, i_t + 3, end), other=0.0)
-    return b_x, b_x1, b_x2, b_x3
+    b_x1 = tl.load(p_x + s_t, mask=below(m_x, i_t + 1, end), other=0.0)
+    return b_x, b_x1
 
 
 @triton.jit
