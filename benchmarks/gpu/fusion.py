@@ -64,8 +64,5 @@ _LEVEL = Gate(0.98, 1.0, PEER)
 
 CONTESTS = (
     *(_fusion(32768, H, 64, "norm+gate+alpha", [_SHARE[0], _LEVEL], [_SHARE[1], Gate(2.0, 2.0, PEER)]) for H in (16, 32)),
-    *(
-        _fusion(32768, 16, 64, form, [_SHARE[0], _LEVEL], [_SHARE[1], _LEVEL])
-        for form in ("norm+gate, no attention", "alpha")
-    ),
+    *(_fusion(32768, 16, 64, form, [_SHARE[0], _LEVEL], [_SHARE[1], _LEVEL]) for form in ("norm+gate, no attention", "alpha")),
 )
