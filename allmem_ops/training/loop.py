@@ -95,6 +95,8 @@ def train(
             launched = run.step(batch)
             read()
             pending = launched
+            if place.device.type == "cpu":  # the step is over
+                read()
             if save_every and run.index % save_every == 0 and run.index < run.recipe.steps:
                 read()
                 place.save(skipped)
