@@ -10,7 +10,7 @@ from allmem_ops.evaluation.arms import ALLMEM, ARMS, FULL, NO_WRITES, NTK, WINDO
 from allmem_ops.evaluation.report import picture, text
 from allmem_ops.evaluation.run import PARTS, Plan, Texts, buckets, recovery, run
 from allmem_ops.evaluation.scoring import row_scores, teacher_hidden, text_losses
-from allmem_ops.hf import AllMemCache
+from allmem_ops.hf import AllMemCache, reconfigure
 from tests.evaluation.conftest import Bytes, make_live
 from tests.hf.tiny import tokens
 
@@ -71,6 +71,20 @@ def test_needles_and_speed(found, live):
     assert [s["cache_bytes"] for s in speed[FULL]] == [64 * 3 * 3 * 16 * 2 * 4, 300 * 3 * 3 * 16 * 2 * 4]
     assert {s["cache_bytes"] for s in speed[ALLMEM]} == {cache.nbytes} and {s["cache_bytes"] for s in speed[WINDOW]} == {window_bytes}
     assert all(s["read_tokens_per_s"] > 0 and s["decode_tokens_per_s"] > 0 for by_length in speed.values() for s in by_length)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_whole_run_on_a_gpu(found):
+    """With impl="chunk", which compiles nothing: that every tensor is where it must be, and the same numbers come out."""
+    model = make_live().to("cuda")
+    reconfigure(model, impl="chunk")
+    arms = [ntk_arm() if key == NTK else ARMS[key] for key in KEYS]
+    on_gpu = json.loads(json.dumps(run(model, arms, Bytes(), TEXTS, PLAN)))
+    for key in (FULL, WINDOW, ALLMEM, NO_WRITES):
+        here, there = (f["rows"]["a text"]["arms"][key]["beyond"] for f in (found, on_gpu))
+        assert there["loss"] == pytest.approx(here["loss"], rel=1e-3) and there["kl"] == pytest.approx(here["kl"], abs=1e-3)
+        assert on_gpu["long"]["arms"][key]["loss"] == pytest.approx(found["long"]["arms"][key]["loss"], rel=1e-3)
+    assert {name: set(part) for name, part in on_gpu["seconds"].items()} == {name: set(part) for name, part in found["seconds"].items()}
 
 
 def test_report_and_picture(found, tmp_path):
