@@ -29,8 +29,6 @@ NORM = {"none": NONE.value, "pre_write": PRE_WRITE.value, "post_write": POST_WRI
 INTERPRET = settings().interpret
 # Values of mu that are added at once.
 BM = 64 if INTERPRET else 1024
-# Tiles of the next chunk that a program of the persistent chain asks for before its barriers.
-AHEAD = 0
 NO_STATE = ((None,) * 3, (None,) * 3, (None,) * 3, None, None)
 
 
@@ -210,7 +208,7 @@ def write(
             out.x, x_read, out.m, out.size, out.n, out.mu_mean, out.g_size, *out[1:11],
             counters, scratch, X, *sizes, eps, grad_clip, *strides,
         ]  # fmt: skip
-        constants = {**normed, **case, **saving, **kind.constants, "CLIP": clipped, "BM": BM, "AHEAD": AHEAD}
+        constants = {**normed, **case, **saving, **kind.constants, "CLIP": clipped, "BM": BM}
         launch_options = {**kind.options, "launch_cooperative_grid": True}
         run(persistent.ttt_mlp_fwd_chain_kernel, call, k.device, groups * parts, args, constants, launch_options)
         return

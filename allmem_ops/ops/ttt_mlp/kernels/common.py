@@ -159,9 +159,10 @@ def row_scale(n, size, eps, FAST: tl.constexpr = False):
 def sum_parts(p, stride, m_d, PARTS: tl.constexpr):
     """The sum of PARTS vectors at `p`, `stride` apart, in a fixed order; `.cg` as in `load_three`.
 
-    As one tile where its shape allows: one or two loads a thread, where a load for each part needs a register for each.
+    As one tile where its shape allows: a load or two a thread, where a load for each part takes a register for each. At d = 128 the
+    tile takes more of them than that.
     """
-    if PARTS & (PARTS - 1) == 0:
+    if (PARTS & (PARTS - 1) == 0) and (m_d.shape[0] <= 64):
         at = p[None, :] + tl.arange(0, PARTS)[:, None] * stride
         return tl.sum(tl.load(at, mask=m_d[None, :], other=0.0, cache_modifier=".cg"), 0)
     else:

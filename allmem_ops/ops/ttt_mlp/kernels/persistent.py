@@ -46,7 +46,7 @@ def ttt_mlp_fwd_chain_kernel(
     sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, se_b, se_t, se_h, se_e, sm_b, sm_t, sm_h,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, SP: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, SAVE_M: tl.constexpr,
-    AHEAD: tl.constexpr, PREC: tl.constexpr, FAST: tl.constexpr,
+    PREC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Everything of the chain. Grid (groups * PARTS,): group i_g works on (sequence, head) i_g, i_g + groups, ... of X."""
     HP: tl.constexpr = HS // SP
@@ -120,11 +120,10 @@ def ttt_mlp_fwd_chain_kernel(
                 p_gate, p_up, p_down = point(
                     p_gate, p_up, p_down, n_gate_s, n_up_s, n_down, size_gate_s, size_up_s, size_down, i_c, eps, NORM, FAST
                 )  # fmt: skip
-            # The first tiles of the next chunk come from memory meanwhile; asked for later, the barrier would wait for them.
+            # The first tile of the next chunk comes from memory meanwhile; asked for after the loop, the barrier would wait for it.
             start, stop = chunk_span(i_c + 1, length, held, chunk_size)
-            for i_t in tl.static_range(AHEAD):
-                prefetch(p_k + tl.cast(start, tl.int64) * sk_t, sk_t, (i_k + i_t * SP) * BT, stop - start, D, BT, FAST)
-                prefetch(p_v + tl.cast(start, tl.int64) * sv_t, sv_t, (i_k + i_t * SP) * BT, stop - start, D, BT, FAST)
+            prefetch(p_k + tl.cast(start, tl.int64) * sk_t, sk_t, i_k * BT, stop - start, D, BT, FAST)
+            prefetch(p_v + tl.cast(start, tl.int64) * sv_t, sv_t, i_k * BT, stop - start, D, BT, FAST)
             start, stop = chunk_span(i_c, length, held, chunk_size)
             d_gate, d_up, d_down = descent(
                 p_k, p_v, p_eta, sk_t, sk_d, sv_t, sv_d, se_t, se_e,
