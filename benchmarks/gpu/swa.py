@@ -192,10 +192,10 @@ CONTESTS = (
     _attention(32768, 4096, 0, (1.15, 1.15, 1.20, 1.20), HQ=9, HK=3, D=64),
     _sinks_cost(32768, 4096, 1.06),
     _sinks_cost(131072, 512, 1.35),
-    _prefill(2048, 4224, 4096, 128),
     _packed(),
     _decode(1, 5000, Gate(12.0, 12.0, unit="us")),
     _decode(32, 5000, Gate(80.0, 80.0, unit="% of copy")),
     _decode(128, 5000, Gate(80.0, 80.0, unit="% of copy")),
     _decode(32, 1_000_000, Gate(80.0, 80.0, unit="% of copy")),
+    _prefill(2048, 4224, 4096, 128),
 )
