@@ -10,7 +10,7 @@ Call = Callable[[], object]
 
 # An H100's L2 holds 50 MB: writing this much between two calls leaves nothing of the first to the second.
 FLUSH_BYTES = 256 * 2**20
-HEAD_START_CYCLES = 2_000_000  # about 1 ms on an H100
+HEAD_START_CYCLES = 5_000_000  # about 2.5 ms on an H100: a backward through autograd, woken from a pause, took its host more than 1
 
 
 def interleaved_ms(
@@ -18,7 +18,7 @@ def interleaved_ms(
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, measured by events around it; every round times each contestant once, in turn.
 
-    At least 5 rounds, at most `rounds`, and none is begun after `seconds`. `head_start`: the device waits for about 1 ms before the first
+    At least 5 rounds, at most `rounds`, and none is begun after `seconds`. `head_start`: the device waits for about 2.5 ms before the first
     event, so that the host has launched a short call before the device comes to it: what is timed is the device.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
