@@ -16,7 +16,7 @@ from allmem_ops.ops.precision import accumulator_dtype
 class Layout:
     """The tokens of one call, [B, T].
 
-    Either dense (`indices` is None: every token is real), or packed: the real tokens only, one sequence after the other.
+    Either dense (`cu_seqlens` is None: every token is real), or packed: the real tokens only, one sequence after the other.
 
     Args:
         config, windows: in force for this call, window by layer (kept here so that a checkpointed layer runs anew
@@ -25,8 +25,8 @@ class Layout:
         cache: goes on from here, or None.
         past: tokens that the cache had seen before, padding included.
         batch, tokens: B and T.
-        indices: int64 [n], flat positions of the real tokens in [B*T].
-        cu_seqlens: int64 [N+1], where each sequence lies among them.
+        indices: int64 [n], flat positions of the real tokens in [B*T]; None: every token is real.
+        cu_seqlens: int64 [N+1], where each packed sequence lies among them.
         lengths: the sequences' lengths on the host, with a cache.
         active: bool [B], for a single token: the rows that take it in; None: all.
         rotation: (cos, sin) [., ., D/2] that turn a query at its position i to min(i, P-1), or None where no query
@@ -48,12 +48,17 @@ class Layout:
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [1, n, ...], the real tokens."""
-        return x if self.indices is None else x.flatten(0, 1)[self.indices][None]
+        if self.cu_seqlens is None:
+            return x
+        x = x.flatten(0, 1)
+        return (x if self.indices is None else x[self.indices])[None]
 
     def unpack(self, x: Tensor) -> Tensor:
         """[1, n, ...] -> [B, T, ...], zeros at padding."""
-        if self.indices is None:
+        if self.cu_seqlens is None:
             return x
+        if self.indices is None:
+            return x.unflatten(1, (self.batch, self.tokens))[0]
         out = x.new_zeros(self.batch * self.tokens, *x.shape[2:])
         return out.index_copy(0, self.indices, x[0]).unflatten(0, (self.batch, self.tokens))
 
@@ -94,13 +99,13 @@ def make_layout(
         if starts is not None:
             if cache is not None:
                 fail("position_ids", "must rise by 1 with a cache", "packed sequences", "Pass use_cache=False, or one sequence a row")
-            indices, cu_seqlens = torch.arange(batch * tokens, device=device), starts
+            cu_seqlens = starts
     if cache is not None:
         if tokens > 1 and indices is None and not cache.aligned:
             cache.align()
         if tokens > 1 and indices is None and not cache.aligned and batch > 1:
             lengths = (tokens,) * batch
-            indices, cu_seqlens = torch.arange(batch * tokens, device=device), torch.arange(batch + 1, device=device) * tokens
+            cu_seqlens = torch.arange(batch + 1, device=device) * tokens
         elif indices is not None:
             cache.aligned = False
     layout = Layout(
@@ -172,7 +177,7 @@ def _clamping_rotation(layout: Layout, inv_freq: Tensor, trained_length: int) ->
         if layout.cache is not None:
             index = index + layout.cache.positions[:, None]
     else:
-        token = torch.arange(layout.indices.shape[0], device=device)
+        token = torch.arange(layout.batch * layout.tokens if layout.indices is None else layout.indices.shape[0], device=device)
         sequence = torch.searchsorted(layout.cu_seqlens[1:], token, right=True)
         index = (token - layout.cu_seqlens[sequence])[None]
         if layout.cache is not None:

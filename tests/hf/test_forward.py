@@ -7,6 +7,7 @@ import torch
 
 from allmem_ops.hf import convert
 from allmem_ops.hf import forward as replaced
+from allmem_ops.hf.layout import Layout
 from allmem_ops.hf.runtime import runtime_of
 from tests.hf.tiny import FAMILY_NAMES, awaken, tiny_config, tiny_model, tokens
 
@@ -86,3 +87,12 @@ def test_what_does_not_fit_goes_the_class_own_way(why: str, turned: list[int]):
     with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
         got, want = (one(ids).logits for one in (model, own_forward(model)))
     assert not turned and torch.equal(got, want)
+
+
+def test_packed_rows_without_padding_are_handed_on_uncopied():
+    layout = Layout(tiny_config(), (12,), True, None, 0, batch=2, tokens=3, cu_seqlens=torch.tensor([0, 4, 6]))
+    x = torch.randn(2, 3, 4, 5)
+    packed = layout.pack(x)
+    assert packed.shape == (1, 6, 4, 5) and packed.data_ptr() == x.data_ptr()
+    back = layout.unpack(packed)
+    assert torch.equal(back, x) and back.data_ptr() == x.data_ptr()
