@@ -2,7 +2,8 @@
 
 A program stays and takes work items; an item is 128 rows: 64 positions of two query heads that share a key/value head (HEADS = 2,
 one band of 64 positions serves both), or 128 positions of one (HEADS = 1). The producer runs ahead, over the edge of an item too:
-Q of the next item and a ring of key and value tiles, each slot with a barrier for "full" and one for "free".
+Q of the next item and rings of key and of value tiles, each slot with a barrier for "full" and one for "free". Items come in a fixed
+stride; those of packed sequences, which differ in work, from a counter: the producer takes one, finds its sequence, and hands both over.
 
 A consumer issues the scores of tile n and the product P V of tile n - 1 together, and does the softmax of tile n while the tensor
 cores work at P V. With PING the two warpgroups take turns at issuing, so that one's softmax falls into the other's products.
@@ -557,7 +558,8 @@ def swa_fwd_hopper_kernel(
     POLY: gl.constexpr,
 ):
     """q, k, v, o are descriptors of [B, T, H, D] in tiles of ROWS, SPAN = 128 / HEADS (the diagonal) and BN rows; `p_o` and `p_lse` are
-    contiguous. `group` query heads share a key/value head, `packs` = HQ / HEADS, `offset` = Tk - Tq. SPLIT: see `_issue`.
+    contiguous. `group` query heads share a key/value head, `packs` = HQ / HEADS, `offset` = Tk - Tq. `counter`: int32 [1], zero; with `cu_seqlens` only. SPLIT: see `_issue`. POLY: how many in
+    eight exponentials of a tile without a mask are polynomials.
     """
     PACKED: gl.constexpr = cu_seqlens is not None
     dtype: gl.constexpr = q.dtype
