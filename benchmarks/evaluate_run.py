@@ -3,11 +3,11 @@
     python -m benchmarks.evaluate_run --data DATA --texts TEXTS.npz                            # once, where the tokenizer is
     python -m benchmarks.evaluate_run --texts TEXTS.npz --runs OUT --output RESULTS            # OUT: of benchmarks.distil_run
 
-Reads OUT/allmem-seed*/memory, OUT/adapter-seed*/memory and OUT/linear-seed*/memory (other names by --allmem, --adapter, --linear) and
-calls `python -m allmem_ops.evaluate` at window 512 with chunk 256 and window 1024 with chunk 512, 64 sinks; what it doesn't know goes on to
-that command (--parts, --model, --needle-repeats, ...). Texts: rows within one held-out file each, at most two of a file, the standard
-library's first; rows packed from this repository's files, which no model released before it can have read; held-out files one after
-another up to 65,536 tokens a row; the first tokens of each.
+Reads OUT/allmem-seed*/memory, OUT/writes-off-seed*/memory (the adapter) and OUT/linear-seed*/memory (other names by --allmem, --adapter,
+--linear) and calls `python -m allmem_ops.evaluate` at window 512 with chunk 256 and window 1024 with chunk 512, 64 sinks; what it doesn't
+know goes on to that command (--parts, --model, --needle-repeats, ...). Texts: rows within one held-out file each, at most two of a file,
+the standard library's first; rows packed from this repository's files, which no model released before it can have read; held-out files
+one after another up to 65,536 tokens a row; the first tokens of each.
 """
 
 import argparse
@@ -63,13 +63,13 @@ def build(data: Path, tokenizer: Any, *, rows: int = 16, long_rows: int = 4, sho
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="folder of benchmarks.distil_data: make the texts and stop")
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--output", type=Path, default=Path("evaluation"))
-    for name in ("allmem", "adapter", "linear"):
-        parser.add_argument(f"--{name}", default=name, metavar="NAME", help=f"of the runs in --runs (default: {name})")
+    for kind, name in (("allmem", "allmem"), ("adapter", "writes-off"), ("linear", "linear")):
+        parser.add_argument(f"--{kind}", default=name, metavar="NAME", help=f"of the runs in --runs (default: {name})")
     options, more = parser.parse_known_args()
     if options.data:
         weights = smollm2.find_weights()

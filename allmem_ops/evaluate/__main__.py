@@ -273,7 +273,10 @@ def make_arms(model: Any, options: argparse.Namespace) -> list[Any]:
             arms.append(ARMS[key])
             continue
         for folder in folders:
-            arm = linear_arm(load_linear(model, folder)) if key == "linear" else checkpoint_arm(key, read_memory(model, folder))
+            if key == "linear":
+                arm = linear_arm(load_linear(model, folder))
+            else:  # on the model's device: an arm is entered once a pass
+                arm = checkpoint_arm(key, {name: t.to(model.device) for name, t in read_memory(model, folder).items()})
             arms.append(arm.named(_name(folder)) if len(folders) > 1 else arm)
     return arms
 
