@@ -558,8 +558,8 @@ def swa_fwd_hopper_kernel(
     POLY: gl.constexpr,
 ):
     """q, k, v, o are descriptors of [B, T, H, D] in tiles of ROWS, SPAN = 128 / HEADS (the diagonal) and BN rows; `p_o` and `p_lse` are
-    contiguous. `group` query heads share a key/value head, `packs` = HQ / HEADS, `offset` = Tk - Tq. `counter`: int32 [1], zero; with `cu_seqlens` only. SPLIT: see `_issue`. POLY: how many in
-    eight exponentials of a tile without a mask are polynomials.
+    contiguous. `group` query heads share a key/value head, `packs` = HQ / HEADS, `offset` = Tk - Tq. `counter`: int32 [1], zero; with
+    `cu_seqlens` only. SPLIT: see `_issue`. POLY: how many in eight exponentials of a tile without a mask are polynomials.
     """
     PACKED: gl.constexpr = cu_seqlens is not None
     dtype: gl.constexpr = q.dtype
