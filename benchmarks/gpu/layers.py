@@ -81,7 +81,7 @@ def _branch(T: int, forward: Gate, both: Gate) -> Contest:
     moved = 2 * T * 3 * d_model  # the hidden state, attention's output and the sum
     return Contest(
         "memory_branch", f"Qwen3-0.6B-T{T}", build, work=_both(_memory_flops(T, d_model, CONFIG), moved),
-        gates={H100: {"forward": [forward], "forward and backward": [both]}}, as_called=True,
+        gates={H100: {"forward": [forward], "forward and backward": [both]}}, device_time=True, as_called=True,
     )  # fmt: skip
 
 
