@@ -34,6 +34,19 @@ def test_bytes_are_as_documented_and_constant(x, state):
         assert state.nbytes == before
 
 
+def test_what_was_right_is_checked_again_once_it_is_something_else(state):
+    state.check()
+    right = state.g_up
+    state.g_up = right[:, :1]
+    with pytest.raises(ValueError, match="`g_up` must"):
+        state.check()
+    state.g_up = right
+    state.check()
+    state.chunk_size = 0
+    with pytest.raises(ValueError, match="`chunk_size` must"):
+        state.check()
+
+
 def test_initial_state_is_no_state(x):
     made = MemoryState.initial(*(x[name] for name in WEIGHTS), batch=3, chunk_size=4)
     assert_equal_to(
