@@ -64,8 +64,11 @@ def swa_triton_backward(
     if hopper.serves(call):
         call.starts = True
         turn, acc = hopper.fill_rows(call, o, lse, dlse)
-        hopper.window_pairs(call, turn, acc, dk, dv, call.far_dkdv(q_far, hopper.FAR_CONFIG))
-        if call.sinks and q_sinks is None:
+        if call.packed or q_sinks is not None:
+            hopper.pairs(call, turn, acc, dk, dv, call.far_dkdv(q_far, hopper.FAR_CONFIG), sinks=False)
+        else:
+            hopper.pairs(call, turn, acc, dk, dv, call.far_sums(hopper.FAR_CONFIG), sinks=call.sinks > 0)
+        if call.packed and call.sinks and q_sinks is None:
             call.dq(q, dq, acc=acc, far=True)
         else:
             hopper.round_dq(call, acc, dq)
@@ -196,7 +199,8 @@ class Call:
         """
         return max(1, min(2 * sm_count(self.q.device) // (slots * sink_tiles * self.HK), self.Tq // (4 * BM), 32))
 
-    def far_dkdv(self, q: Tensor, config: Config) -> FarSums:
+    def far_sums(self, config: Config) -> FarSums:
+        """Where kernels leave what the far sinks give to dk and dv."""
         BM, BN = config.constants["BM"], config.constants["BN"]
         if not self.sinks:
             return FarSums(self.rows, 0, self.B)
@@ -204,9 +208,14 @@ class Call:
         # Sequences with far sinks are longer than the window: at most one starts in any window + 1 tokens (see `far_sequence`).
         slots = min(self.sequences, self.Tq // (self.window + 1) + 1) if self.packed else self.B
         splits = self._far_splits(sink_tiles, slots, BM)
-        part = torch.empty(slots, sink_tiles, self.HK, splits, 2, BN, self.BD, dtype=torch.float32, device=q.device)
-        sums = FarSums(part, splits, slots)
-        self._dkdv(q, self.k, self.v, sums, config, (slots if self.packed else 1) * sink_tiles * splits, True)
+        part = torch.empty(slots, sink_tiles, self.HK, splits, 2, BN, self.BD, dtype=torch.float32, device=self.q.device)
+        return FarSums(part, splits, slots)
+
+    def far_dkdv(self, q: Tensor, config: Config) -> FarSums:
+        sums = self.far_sums(config)
+        if sums.splits:
+            sink_tiles = sums.part.shape[1]
+            self._dkdv(q, self.k, self.v, sums, config, (sums.slots if self.packed else 1) * sink_tiles * sums.splits, True)
         return sums
 
     def dkdv(self, q: Tensor, dk: Tensor, dv: Tensor, sums: FarSums, config: Config) -> None:

@@ -79,11 +79,15 @@ def fill_rows(call: "Call", o: Tensor, lse: Tensor, dlse: Tensor) -> tuple[Tenso
     return turn, acc
 
 
-def window_pairs(call: "Call", turn: Tensor, acc: Tensor, dk: Tensor, dv: Tensor, far: "FarSums") -> None:
-    """Write dk and dv, the sums of the far sinks included, and `acc`: dq of the window pairs, unscaled, fp32 [B, HQ, Tq, D]."""
+def pairs(call: "Call", turn: Tensor, acc: Tensor, dk: Tensor, dv: Tensor, far: "FarSums", *, sinks: bool) -> None:
+    """Write dk and dv, and `acc`: dq, unscaled, fp32 [B, HQ, Tq, D]. `sinks`: of the far sinks too; else `far` has their dk and dv."""
     config = choose("swa_bwd_hopper", TABLE, call.gpu, call.D)
     D, P = call.D, call.rows.shape[3]
     slots = call.slots(call.Tk, KEYS)
+    heads, in_turn = _order(call)
+    sink_tiles = -(-call.sinks // KEYS)
+    ranges = far.splits * sink_tiles if sinks else 0
+    done = torch.zeros(call.B * sink_tiles * call.HK, dtype=torch.int32, device=dk.device) if sinks else turn
     k = _descriptor(call.k, [1, ROWS, 1, D])
     args = (
         _descriptor(call.q, [1, ROWS, 1, D]),
@@ -98,6 +102,7 @@ def window_pairs(call: "Call", turn: Tensor, acc: Tensor, dk: Tensor, dv: Tensor
         dv,
         far.part,
         turn,
+        done,
         call.cu_seqlens,
         *dk.stride()[:3],
         call.Tq,
@@ -113,14 +118,17 @@ def window_pairs(call: "Call", turn: Tensor, acc: Tensor, dk: Tensor, dv: Tensor
         call.scale * LOG2E,
         call.HK,
         call.HQ // call.HK,
-        *_order(call),
+        heads,
+        in_turn,
+        call.HK // heads * call.B,
         D,
         *config.constants.values(),
+        sinks,
     )
     options = config.launch_options()
     strides = [s < 2**31 for s in dk.stride()[:3]]
-    key = (dk.dtype, D, *config.constants.values(), *options.values(), *strides, pointer_class(call.cu_seqlens))
-    launch(swa_bwd_hopper_kernel, key, dk.device, slots * call.HK * call.B, args, options)
+    key = (dk.dtype, D, sinks, *config.constants.values(), *options.values(), *strides, pointer_class(call.cu_seqlens))
+    launch(swa_bwd_hopper_kernel, key, dk.device, (slots + ranges) * call.HK * call.B, args, options)
 
 
 def round_dq(call: "Call", acc: Tensor, dq: Tensor) -> None:

@@ -246,6 +246,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(launch_bwd_hopper, "serves", lambda call: True)
     monkeypatch.setattr(launch_bwd_hopper, "TABLE", {("sm80", D): configs for (_, D), configs in launch_bwd_hopper.TABLE.items()})
     monkeypatch.setattr(launch_bwd_hopper, "FAR_CONFIG", Config({"BM": 64, "BN": 128}, 4, 1))
+    monkeypatch.setattr(launch_bwd, "sm_count", lambda _: 64)  # into how many ranges the queries of a sink are cut
 
     def await_turn(p_turn, rank, _count):
         assert int(gluon_cpu.load(p_turn)) == int(rank), "programs run one after another: a turn that has not come never comes"
@@ -254,7 +255,19 @@ def hopper(monkeypatch):
         gluon_cpu.store_wait(0)
         gluon_cpu.store(p_turn, count)
 
-    assembly = {"_look_up_turn": gluon_cpu.load, "_await_turn": await_turn, "_pass_turn": pass_turn}
+    def announce(p_done):
+        gluon_cpu.store(p_done, gluon_cpu.load(p_done) + 128)
+
+    def await_parts(p_done, threads):
+        assert int(gluon_cpu.load(p_done)) == int(threads) or not int(threads), "a range of far sinks that has not been summed up"
+
+    assembly = {
+        "_look_up_turn": gluon_cpu.load,
+        "_await_turn": await_turn,
+        "_pass_turn": pass_turn,
+        "_announce": announce,
+        "_await_parts": await_parts,
+    }
 
     def use(edit=str):
         module = gluon_cpu.gluon_on_cpu(hopper_bwd.__name__, edit=edit, assembly=assembly)
@@ -291,6 +304,7 @@ def test_hopper_packed(cuts, hopper):
 def test_hopper_orders(order, D, hopper, monkeypatch):
     monkeypatch.setattr(launch_bwd_hopper, "_order", lambda _: order)
     check(make(150, HQ=4, HK=2, B=2, D=D, dtype=torch.float16), 70, 9, scale=D**-0.5)
+    check(make(620, HQ=2, HK=2, D=D, dtype=torch.float16), 70, 200, scale=D**-0.5)
 
 
 WAIT = "b_dq, b_dv, b_dk, b_p, b_ds = warpgroup_mma_wait(0, deps=(b_dq, b_dv, b_dk, b_p, b_ds))\n"
@@ -310,7 +324,7 @@ HOPPER_FAULTS = {
         f"{WAIT}            mbarrier.arrive(do_free.index(before), count=1)\n            mbarrier.arrive(q_free.index(before), count=1)\n",
         f"mbarrier.arrive(do_free.index(before), count=1)\n            mbarrier.arrive(q_free.index(before), count=1)\n            {WAIT}",
     ),
-    "products not awaited, 64": (64, "scale_log2, dtype, 4)", "scale_log2, dtype, 5)"),
+    "products not awaited, 64": (64, "dtype, 4, SINKS)", "dtype, 5, SINKS)"),
     "dq_free never given": (128, "mbarrier.arrive(dq_free.index(slot * 2 + w), count=1)", "pass"),
     "the turn not passed on": (128, "_pass_turn(p_turn, rank + 1)", "_pass_turn(p_turn, rank)"),
     "mask dropped": (128, "if (i_m < masked_before) | (i_m >= masked_from):", "if i_m < 0:"),
@@ -318,6 +332,11 @@ HOPPER_FAULTS = {
     "halves of K swapped, 64": (64, "s_half.index(2 * w + W)", "s_half.index(2 * W + w)"),
     "the last tile left out, 64": (64, "for _ in range(1, count):", "for _ in range(2, count):"),
     "far sums dropped": (128, "if splits > 0:", "if splits < 0:"),
+    "a range of far sinks left out": (128, "p_part += range_ * (2 * KEYS * D)", "pass"),
+    "far sinks not announced": (128, "    _announce(p_done)", "    pass"),
+    "far sinks take no turn": (128, "i_n, rank + sunk)", "i_n, rank)"),
+    "sinks not cut": (128, "hidden = gl.where(far, sinks, FAR_AWAY)", "hidden = gl.where(far, FAR_AWAY, FAR_AWAY)"),
+    "far sinks as near as the window": (128, "nearest = gl.where(far, window, 0)", "nearest = gl.where(far, 0, 0)"),
 }
 
 
@@ -332,7 +351,7 @@ def test_hopper_faults_are_found(fault, hopper):
 
     hopper(edit)
     with pytest.raises((AssertionError, IndexError)):
-        check(make(300, D=D, dtype=torch.float16), 100, 9, scale=D**-0.5)
+        check(make(700, D=D, dtype=torch.float16), 100, 9, scale=D**-0.5)
 
 
 @gpu

@@ -1,4 +1,4 @@
-"""The window pairs of the `swa` backward for sm_90 in Gluon: dk, dv and dq from one recomputation, five products a pair.
+"""The `swa` backward for sm_90 in Gluon: dk, dv and dq from one recomputation, five products a pair.
 
 A program owns 128 keys of one key/value head: two warpgroups of 64 keys hold dk and dv in registers and walk over the query tiles
 of each query head of the group. Scores are computed as K Q^T, so that P^T and dS^T come out as the left operands of dv += P^T dO and
@@ -9,6 +9,10 @@ Order of the additions to a tile of `acc`: by key tile, so the sum is the same i
 program adds when all key tiles before its own have. It walks from the last query tile back to the first: the program of the key tile
 before is then two or more query tiles ahead at the same time, and nobody waits. Programs take their key tile from a counter
 (the first of `turn`), so a program only ever waits for programs that have started.
+
+Far sink pairs (SINKS): a tile of sinks sees all queries, so ranges of these are programs of their own, which come before those of the
+window, add to `acc` before them, and leave their dk and dv to the window program of the same keys. Without SINKS (packed sequences, or
+queries of their own for sinks) the portable kernels have left them.
 """
 
 from triton.experimental import gluon
@@ -22,6 +26,8 @@ key_tiles = gluon.jit(geometry.key_tiles)
 
 ROWS = gl.constexpr(64)  # keys of a warpgroup, queries of a tile, rows of a part of dq
 KEYS = gl.constexpr(128)
+THREADS = gl.constexpr(256)  # that hold dk and dv
+FAR_AWAY = gl.constexpr(2**31 - 1)
 ROW_TILE = gl.constexpr(128)
 
 
@@ -101,6 +107,43 @@ def _pass_turn(p_turn, count):
 
 
 @gluon.jit
+def _announce(p_done):
+    """Each thread counts itself in after its stores."""
+    gl.inline_asm_elementwise(
+        """{
+        red.release.gpu.global.add.s32 [$1], 1;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l",
+        [p_done.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _await_parts(p_done, threads):
+    """Wait until so many threads have counted themselves in."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred mine;
+        .reg .b32 count;
+        AGAIN:
+        ld.acquire.gpu.global.b32 count, [$1];
+        setp.lt.s32 mine, count, $2;
+        @mine bra AGAIN;
+        mov.b32 $0, count;
+        }""",
+        "=r,l,r",
+        [p_done.to(gl.int64), threads],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _next(i_x, i_y, inner):
     """The next step of a walk in rounds of `inner` steps, from (-1, 0) on."""
     i_x += 1
@@ -168,7 +211,9 @@ def _load_warp(x, buffers, barriers, place, G, D: gl.constexpr, STAGES: gl.const
 
 
 @gluon.jit
-def _add_warp(x, buffers, barriers, place, turn, start, window, tiles, whole, HQ, G, D: gl.constexpr, SLOTS: gl.constexpr):
+def _add_warp(
+    x, buffers, barriers, place, turn, start, window, sinks, tiles, whole, HQ, G, D: gl.constexpr, SLOTS: gl.constexpr, SINKS: gl.constexpr
+):
     """Adds each part of dq to `acc` in its turn; the first key tile of a query tile, one of the `whole` first, stores it.
 
     A packed sequence's last tile ends among the next one's queries. There it adds zeros, which change nothing at any time; for its own
@@ -178,6 +223,7 @@ def _add_warp(x, buffers, barriers, place, turn, start, window, tiles, whole, HQ
     _s_q, _s_do, _s_k, _s_v, _s_rows, _s_ds, s_dq, _s_half = buffers
     _k_full, _v_full, _q_full, _q_free, _do_full, _do_free, _ds_full, dq_full, dq_free = barriers
     i_b, i_h, i_n, _j0, inner, last, count, begin, r0, in_turn = place
+    Tq, sink_tiles, range_ = sinks
     turn += 1 + (i_b * HQ + i_h * G).to(gl.int64) * tiles + r0 // ROWS
     i_x, i_y = _next(-1 + 0 * last, 0 * last, inner)
     i_m, i_g = _tile(i_x, i_y, last, in_turn)
@@ -186,6 +232,9 @@ def _add_warp(x, buffers, barriers, place, turn, start, window, tiles, whole, HQ
     for _ in range(count):
         p_turn = turn + i_g * tiles + i_m
         rank = i_n - gl.maximum(start + i_m * ROWS - window + 1, 0) // KEYS
+        if SINKS:  # add before the window does: those tiles of sinks that a query of this tile sees from afar
+            sunk = gl.minimum((gl.maximum(start + gl.minimum((i_m + 1) * ROWS, Tq) - window, 0) + KEYS - 1) // KEYS, sink_tiles)
+            rank = gl.where(range_ >= 0, i_n, rank + sunk)
         row = begin + i_m * ROWS
         i_hq = i_h * G + i_g
         _await_turn(p_turn, rank, seen)
@@ -223,14 +272,12 @@ def _store(x, p_x, s_x, b_x, i_b, row, i_h, left, stride_b, stride_t, stride_h, 
 
 
 @gluon.jit
-def _put_sums(x, outputs, s_x, place, Tk, part, splits, scale, b_dk, b_dv, D: gl.constexpr, W: gl.constexpr, SUMS: gl.constexpr):
+def _put_out(x, outputs, s_x, place, Tk, p_part, splits, scale, b_dk, b_dv, D: gl.constexpr, W: gl.constexpr):
     """Add what the far sinks leave for these keys and put dk and dv out, through shared memory that this warpgroup alone reads."""
     dk, dv = x[6], x[7]
     p_dk, p_dv, stride_b, stride_t, stride_h = outputs
     i_b, i_h, _i_n, j0, _inner, _last, _count, begin, _r0, _in_turn = place
     if splits > 0:  # in the order of their queries
-        o_r = W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
-        p_part = part + o_r[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, SUMS))[None, :]
         for _ in range(splits):
             b_dk += gl.load(p_part)
             b_dv += gl.load(p_part + KEYS * D)
@@ -239,6 +286,28 @@ def _put_sums(x, outputs, s_x, place, Tk, part, splits, scale, b_dk, b_dv, D: gl
     left = Tk - j0 - W * ROWS
     _store(dv, p_dv, s_x, b_dv.to(dv.dtype), i_b, row, i_h, left, stride_b, stride_t, stride_h, D)
     _store(dk, p_dk, s_x, (b_dk * scale).to(dk.dtype), i_b, row, i_h, left, stride_b, stride_t, stride_h, D)
+
+
+@gluon.jit
+def _put_sums(
+    x, outputs, s_x, place, Tk, parts, scale, b_dk, b_dv, D: gl.constexpr, W: gl.constexpr, SUMS: gl.constexpr, SINKS: gl.constexpr
+):
+    """dk and dv to where they belong: those of a range of far sink pairs into `part`."""
+    part, splits, range_, p_done = parts
+    o_r = W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+    p_part = part + o_r[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, SUMS))[None, :]
+    if SINKS:
+        if range_ >= 0:
+            p_part += range_ * (2 * KEYS * D)
+            gl.store(p_part, b_dk)
+            gl.store(p_part + KEYS * D, b_dv)
+            _announce(p_done)
+        else:
+            if splits > 0:
+                _await_parts(p_done, splits * THREADS)
+            _put_out(x, outputs, s_x, place, Tk, p_part, splits, scale, b_dk, b_dv, D, W)
+    else:
+        _put_out(x, outputs, s_x, place, Tk, p_part, splits, scale, b_dk, b_dv, D, W)
 
 
 @gluon.jit
@@ -256,21 +325,42 @@ def _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QU
 
 
 @gluon.jit
-def _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype: gl.constexpr, BEHIND: gl.constexpr):
+def _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype: gl.constexpr, BEHIND: gl.constexpr, SINKS: gl.constexpr):
     """P^T and dS^T, while the BEHIND products that were issued after theirs run."""
-    masked_before, masked_from, _start, _Tk, window = masks
+    masked_before, masked_from, _start, _Tk, nearest, farthest, _hidden = masks
     b_s = warpgroup_mma_wait(BEHIND + 1, deps=(b_s,))
     b_p = gl.exp2(b_s * scale_log2)
     if (i_m < masked_before) | (i_m >= masked_from):
         apart = (i_m * ROWS + o_m)[None, :] - o_j[:, None]
-        b_p = gl.where((apart >= 0) & (apart < window), b_p, 0.0)
+        if SINKS:
+            b_p = gl.where((apart >= nearest) & (apart < farthest), b_p, 0.0)
+        else:
+            b_p = gl.where((apart >= 0) & (apart < farthest), b_p, 0.0)
     b_dp = warpgroup_mma_wait(BEHIND, deps=(b_dp,))
     return b_p.to(dtype), (b_p * b_dp).to(dtype)
 
 
 @gluon.jit
+def _unless_hidden(o_j, hidden):
+    """Positions of keys; those from `hidden` on are after all queries."""
+    return gl.where(o_j < hidden, o_j, FAR_AWAY // 2)
+
+
+@gluon.jit
 def _warpgroup_128(
-    x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, W: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr
+    x,
+    outputs,
+    buffers,
+    barriers,
+    place,
+    masks,
+    parts,
+    scale,
+    scale_log2,
+    W: gl.constexpr,
+    STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
+    SINKS: gl.constexpr,
 ):
     """64 keys of head dim 128: their dk and dv, and one half of dq's columns. The last product runs while dq is on its way."""
     s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq, _s_half = buffers
@@ -285,6 +375,8 @@ def _warpgroup_128(
     # A row of the shared layout is 128 bytes: a tile of 128 columns is two panels of 64.
     k_panels = view(s_k, dtype, [4, ROWS, 64], s_k.layout)
     o_j = j0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    if SINKS:
+        o_j = _unless_hidden(o_j, masks[6])
     o_m = start + gl.arange(0, ROWS, QUERIES)
     b_dk = gl.zeros([ROWS, 128], gl.float32, SUMS)
     b_dv = gl.zeros([ROWS, 128], gl.float32, SUMS)
@@ -299,7 +391,7 @@ def _warpgroup_128(
         i_x, i_y = _next(i_x, i_y, inner)
         i_m, _ = _tile(i_x, i_y, last, in_turn)
         b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES, W)
-        b_p, b_ds = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 0)
+        b_p, b_ds = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 0, SINKS)
         b_p = gl.convert_layout(b_p, LEFT, assert_trivial=True)
         # Two slots in turn: whoever writes here has seen the other warpgroup's dS of the last tile, so its dq of the one before is done.
         s_ds.index(slot * 2 + W).store(b_ds)
@@ -326,7 +418,7 @@ def _warpgroup_128(
         stage, phase = _step(stage, phase, STAGES)
         slot, ring = _step(slot, ring, 2)
         out, passed = _step(out, passed, SLOTS)
-    _put_sums(x, outputs, s_v.index(W), place, Tk, part, splits, scale, b_dk, b_dv, 128, W, SUMS)
+    _put_sums(x, outputs, s_v.index(W), place, Tk, parts, scale, b_dk, b_dv, 128, W, SUMS, SINKS)
 
 
 @gluon.jit
@@ -346,7 +438,9 @@ def _sums_64(b_p, b_ds, b_dv, b_dk, s_q, s_do, s_ds, s_half, ds_full, stage, slo
 
 
 @gluon.jit
-def _warpgroup_64(x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, W: gl.constexpr, STAGES: gl.constexpr):
+def _warpgroup_64(
+    x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, W: gl.constexpr, STAGES: gl.constexpr, SINKS: gl.constexpr
+):
     """The same for head dim 64, where registers are left for a tile's sums to run under the next tile's exponentials."""
     s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq, s_half = buffers
     k_full, v_full, q_full, q_free, do_full, do_free, ds_full, dq_full, dq_free = barriers
@@ -357,6 +451,8 @@ def _warpgroup_64(x, outputs, buffers, barriers, place, masks, part, splits, sca
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     QUERIES: gl.constexpr = gl.SliceLayout(0, SUMS)
     o_j = j0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+    if SINKS:
+        o_j = _unless_hidden(o_j, masks[6])
     o_m = start + gl.arange(0, ROWS, QUERIES)
     b_dk = gl.zeros([ROWS, 64], gl.float32, SUMS)
     b_dv = gl.zeros([ROWS, 64], gl.float32, SUMS)
@@ -369,7 +465,7 @@ def _warpgroup_64(x, outputs, buffers, barriers, place, masks, part, splits, sca
         slot, ring = 0 * last, 0 * last
         i_m, _ = _tile(i_x, i_y, last, in_turn)
         b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES, W)
-        b_p, b_ds = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 0)
+        b_p, b_ds = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 0, SINKS)
         s_ds.index(W).store(b_ds)
         fence_async_shared()
         mbarrier.arrive(ds_full.index(0), count=1)
@@ -382,7 +478,7 @@ def _warpgroup_64(x, outputs, buffers, barriers, place, masks, part, splits, sca
             stage, phase = _step(stage, phase, STAGES)
             b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES, W)
             b_dv, b_dk, b_dq = _sums_64(b_p, b_ds, b_dv, b_dk, s_q, s_do, s_ds, s_half, ds_full, before, slot, ring, W)
-            b_p1, b_ds1 = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 4)
+            b_p1, b_ds1 = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 4, SINKS)
             mbarrier.wait(dq_free.index(slot * 2 + W), ring ^ 1)
             b_dq, b_dv, b_dk, b_p, b_ds = warpgroup_mma_wait(0, deps=(b_dq, b_dv, b_dk, b_p, b_ds))
             mbarrier.arrive(do_free.index(before), count=1)
@@ -403,11 +499,44 @@ def _warpgroup_64(x, outputs, buffers, barriers, place, masks, part, splits, sca
         s_dq.index(slot * 2 + W).store(b_dq)
         fence_async_shared()
         mbarrier.arrive(dq_full.index(slot * 2 + W), count=1)
-    _put_sums(x, outputs, s_v.index(W), place, Tk, part, splits, scale, b_dk, b_dv, 64, W, SUMS)
+    _put_sums(x, outputs, s_v.index(W), place, Tk, parts, scale, b_dk, b_dv, 64, W, SUMS, SINKS)
+
+
+@gluon.jit
+def _place_in_order(pid, windows, ranges, units):
+    """(whether it is one of far sinks, its unit, which one of the unit's) of a program.
+
+    A unit, some heads, has `ranges` programs of far sinks, which come within the unit before: early enough that nobody waits for their
+    additions.
+    """
+    ahead = windows // 4
+    first = pid < ranges
+    r = gl.maximum(pid - ranges, 0)
+    unit = r // (windows + ranges)
+    r -= unit * (windows + ranges)
+    beyond = (unit + 1 < units) & (r >= ahead)
+    next_unit = beyond & (r < ahead + ranges) & (pid >= ranges)
+    r = gl.where(next_unit, r - ahead, gl.where(beyond, r - ranges, r))
+    return first | next_unit, unit + gl.where(next_unit, 1, 0), gl.where(first, pid, r)
 
 
 @gluon.jit(
-    do_not_specialize=["Tq", "Tk", "window", "sinks", "sequences", "slots", "tiles", "splits", "far_slots", "HK", "G", "heads", "in_turn"],
+    do_not_specialize=[
+        "Tq",
+        "Tk",
+        "window",
+        "sinks",
+        "sequences",
+        "slots",
+        "tiles",
+        "splits",
+        "far_slots",
+        "HK",
+        "G",
+        "heads",
+        "in_turn",
+        "units",
+    ],
     do_not_specialize_on_alignment=[
         "Tq",
         "Tk",
@@ -422,6 +551,7 @@ def _warpgroup_64(x, outputs, buffers, barriers, place, masks, part, splits, sca
         "G",
         "heads",
         "in_turn",
+        "units",
     ],
 )
 def swa_bwd_hopper_kernel(
@@ -438,6 +568,7 @@ def swa_bwd_hopper_kernel(
     p_dv,
     part,
     turn,
+    done,
     cu_seqlens,
     stride_b,
     stride_t,
@@ -457,31 +588,42 @@ def swa_bwd_hopper_kernel(
     G,
     heads,
     in_turn,
+    units,
     D: gl.constexpr,
     REGISTERS: gl.constexpr,
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
+    SINKS: gl.constexpr,
 ):
     """Grid: `heads` key/value heads, fastest, times key tiles (`slots`) times the other heads times batch, in the order of a counter.
 
     q, k, v, do, dk, dv: descriptors of [B, T, H, D] in tiles of 64 rows; k_half: k in tiles of 64 rows and 32 columns (D = 64 only).
     rows: [2, B, HQ, P], see `swa_bwd_rows_kernel`. acc: fp32 [B, HQ, Tq, D]; left unscaled. turn: int32 zeros, the counter and
-    [B, HQ, tiles = P / 64]. part: what the far sink pairs of `splits` ranges add to dk and dv. `heads` divides HK. `in_turn`: a query
+    [B, HQ, tiles = P / 64]. part: what the far sink pairs of `splits` ranges add to dk and dv; SINKS:
+    programs of this launch leave it, and count in `done` int32 [B, sink tiles, HK], zero. `heads` divides HK. `in_turn`: a query
     tile of all heads of the group before the next tile.
     """
     pid = gl.atomic_add(turn, 1)
+    if SINKS:
+        far, unit, r = _place_in_order(pid, slots * heads, splits * ((sinks + KEYS - 1) // KEYS) * heads, units)
+    else:
+        unit, r = pid // (slots * heads), pid % (slots * heads)
     blocks = HK // heads
-    block = pid // heads // slots
-    slot = pid // heads % slots
-    i_h = block % blocks * heads + pid % heads
-    i_b = block // blocks
-    i_n = slot
+    i_h = unit % blocks * heads + r % heads
+    i_b = unit // blocks
+    i_n = r // heads
+    sink_tiles = (sinks + KEYS - 1) // KEYS
+    range_ = splits
+    if SINKS:
+        # Tile after tile of sinks, not range after range: a tile's ranges are not those of the one before, whose additions it awaits.
+        range_ = gl.where(far, i_n % splits, -1)
+        i_n = gl.where(far, i_n // splits, i_n)
     begin = 0
     r0 = 0
     whole = tiles
     i_f = i_b
     if cu_seqlens is not None:
-        sequence, begin, Tk, i_n = _sequence_of_slot(cu_seqlens, sequences, Tk, slot)
+        sequence, begin, Tk, i_n = _sequence_of_slot(cu_seqlens, sequences, Tk, i_n)
         Tq = Tk
         whole = Tk // ROWS
         r0 = (begin // ROW_TILE + sequence) * ROW_TILE
@@ -489,11 +631,22 @@ def swa_bwd_hopper_kernel(
     start = Tk - Tq
     j0 = i_n * KEYS
     # A slot behind its sequence's end has no queries, and stores nothing. Keys beyond Tk count as keys: causality hides them.
-    first, full, right, last, _far, _far_full, far_end = key_tiles(j0, j0 + KEYS, start, Tk, window, sinks, ROWS)
+    first, full, right, last, far_first, far_full, far_end = key_tiles(j0, j0 + KEYS, start, Tk, window, sinks, ROWS)
     last = gl.where(j0 < Tk, last, first)
-    splits = gl.where((j0 < Tk) & (far_end > 0), splits, 0)
-    sink_tiles = (sinks + KEYS - 1) // KEYS
     part += ((i_f.to(gl.int64) * sink_tiles + i_n) * HK + i_h) * splits * (2 * KEYS * D)
+    nearest, farthest, hidden = window, window, window
+    if SINKS:
+        done += (i_b * sink_tiles + i_n) * HK + i_h
+        each = (far_end - far_first + splits - 1) // splits
+        far_first = gl.minimum(far_first + range_ * each, far_end)
+        first = gl.where(far, far_first, first)
+        last = gl.where(far, gl.minimum(far_first + each, far_end), last)
+        full = gl.where(far, far_full, full)
+        right = gl.where(far, far_end, right)
+        nearest = gl.where(far, window, 0)
+        farthest = gl.where(far, FAR_AWAY, window)
+        hidden = gl.where(far, sinks, FAR_AWAY)
+    splits = gl.where((j0 < Tk) & (far_end > 0), splits, 0)
 
     dtype: gl.constexpr = q.dtype
     HALF: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -535,15 +688,17 @@ def swa_bwd_hopper_kernel(
     count = last - first
     place = (i_b, i_h, i_n, j0, gl.where(in_turn != 0, G, count), last, G * count, begin, r0, in_turn)
     outputs = (p_dk, p_dv, stride_b, stride_t, stride_h)
-    masks = (full, right, start, Tk, window)
+    masks = (full, right, start, Tk, nearest, farthest, hidden)
+    parts = (part, splits, range_, done)
+    seen_far = (Tq, sink_tiles, range_)
     HQ = HK * G
     if D == 128:
         gl.warp_specialize(
             [
-                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, 0, STAGES, SLOTS)),
-                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, 1, STAGES, SLOTS)),
+                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 0, STAGES, SLOTS, SINKS)),
+                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 1, STAGES, SLOTS, SINKS)),
                 (_load_warp, (x, buffers, barriers, place, G, D, STAGES)),
-                (_add_warp, (x, buffers, barriers, place, turn, start, window, tiles, whole, HQ, G, D, SLOTS)),
+                (_add_warp, (x, buffers, barriers, place, turn, start, window, seen_far, tiles, whole, HQ, G, D, SLOTS, SINKS)),
             ],
             [4, 1, 1],
             [REGISTERS, 32, 32],
@@ -551,10 +706,10 @@ def swa_bwd_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, 0, STAGES)),
-                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, part, splits, scale, scale_log2, 1, STAGES)),
+                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 0, STAGES, SINKS)),
+                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 1, STAGES, SINKS)),
                 (_load_warp, (x, buffers, barriers, place, G, D, STAGES)),
-                (_add_warp, (x, buffers, barriers, place, turn, start, window, tiles, whole, HQ, G, D, SLOTS)),
+                (_add_warp, (x, buffers, barriers, place, turn, start, window, seen_far, tiles, whole, HQ, G, D, SLOTS, SINKS)),
             ],
             [4, 1, 1],
             [REGISTERS, 32, 32],
