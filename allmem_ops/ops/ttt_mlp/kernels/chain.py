@@ -85,15 +85,16 @@ def descent(
         b_slope = b_s + b_silu * (1.0 - b_s)
         y_gate = b_p * b_b * b_slope * e_gate
         y_up = b_p * b_silu * e_up
-        y_down = operand(b_silu * b_b * e_down, wide, WIDE_PREC)
-        # [BD, BT] @ [BT, HS] -> [BD, HS], of a pair [BT, 2HS] -> [BD, 2HS]
+        y_down = b_silu * b_b * e_down
+        # [BD, BT] @ [BT, HS] -> [BD, HS], of a pair [BT, 2HS] -> [BD, 2HS]; the order is the one that spills least
         b_kt = tl.trans(tl.cast(b_k, wide))
-        d_down = tl.dot(tl.trans(tl.cast(b_v, wide)), y_down, d_down, input_precision=WIDE_PREC)
         if PAIRED:
+            d_down = tl.dot(tl.trans(tl.cast(b_v, wide)), operand(y_down, wide, WIDE_PREC), d_down, input_precision=WIDE_PREC)
             d_gate_up = tl.dot(b_kt, operand(pair(y_gate, y_up), wide, WIDE_PREC), d_gate_up, input_precision=WIDE_PREC)
         else:
             d_gate = tl.dot(b_kt, operand(y_gate, wide, WIDE_PREC), d_gate, input_precision=WIDE_PREC)
             d_up = tl.dot(b_kt, operand(y_up, wide, WIDE_PREC), d_up, input_precision=WIDE_PREC)
+            d_down = tl.dot(tl.trans(tl.cast(b_v, wide)), operand(y_down, wide, WIDE_PREC), d_down, input_precision=WIDE_PREC)
     if PAIRED:
         d_gate, d_up = part(d_gate_up)
     return d_gate, d_up, d_down
