@@ -1,5 +1,6 @@
 """The public functions `ttt_mlp` and `ttt_mlp_step`."""
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from allmem_ops._validation import (
     fail,
     short,
 )
+from allmem_ops.ops.eager import direct
 from allmem_ops.ops.precision import accumulator_dtype, ieee_float32
 from allmem_ops.ops.ttt_mlp.layout import side_by_side
 from allmem_ops.ops.ttt_mlp.reference import Carry, Options, row_norms, ttt_mlp_reference
@@ -125,11 +127,7 @@ def ttt_mlp(
     """
     check_options(chunk_size, norm, residual, grad_clip, eps)
     check_bool("output_final_state", output_final_state)
-    known = _check_tokens(q, k, v, eta, mu)
-    check_weights(w_gate, w_up, w_down, known)
-    dtype = accumulator_dtype(q.dtype)
-    check_dtype("w_gate", w_gate, dtype, f"with `q` in {short(q.dtype)}")
-    check_device("w_gate", w_gate, q.device)
+    known = _check_inputs(q, k, v, w_gate, w_up, w_down, eta, mu)
     sequences = q.shape[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q)
@@ -245,6 +243,31 @@ def _resolve(op: str, impl: str, q: Tensor, h: int) -> str:
             fail("q", expected, (q.shape[-1], h), "Use 'chunk'")
         return "chunk"
     return chosen
+
+
+# Shapes, dtypes and devices of inputs that have passed. To check them takes 25 us of host time, to look them up 3.
+_passed: set[Hashable] = set()
+
+
+def _check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, eta: Tensor, mu: Tensor
+) -> dict[str, int]:  # fmt: skip
+    """The sizes B, T, H, d and h."""
+    found = None
+    inputs = q, k, v, w_gate, w_up, w_down, eta, mu
+    if direct(*inputs):
+        found = tuple([y for x in inputs for y in (x.shape, x.dtype, x.device)])
+        if found in _passed:
+            return {**dict(zip("BTHd", q.shape, strict=True)), "h": w_gate.shape[1]}
+    known = _check_tokens(q, k, v, eta, mu)
+    check_weights(w_gate, w_up, w_down, known)
+    check_dtype("w_gate", w_gate, accumulator_dtype(q.dtype), f"with `q` in {short(q.dtype)}")
+    check_device("w_gate", w_gate, q.device)
+    if found is not None:
+        if len(_passed) >= 1024:
+            _passed.clear()
+        _passed.add(found)
+    return known
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor) -> dict[str, int]:
