@@ -374,7 +374,6 @@ def _stand_ins() -> dict[str, types.ModuleType]:
                 "SliceLayout",
                 "DotOperandLayout",
                 "BlockedLayout",
-                "DistributedLinearLayout",
                 "SwizzledSharedLayout",
             ),
             _Layout,
