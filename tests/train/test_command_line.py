@@ -135,7 +135,8 @@ def test_parameters_sharded_over_two_processes_break_off_and_go_on(place, whole)
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
     }  # fmt: skip
     assert two_processes("sharded.py", options, **environment, BREAK_AT="5").returncode != 0
-    assert [x["index"] for x in log(output)] == [0, 1, 2, 3] and not (output / "memory").exists()
+    # step 4 stands in the log and not in the checkpoint, which is from before it: it is made again
+    assert [x["index"] for x in log(output)] == [0, 1, 2, 3, 4] and not (output / "memory").exists()
     done = two_processes("sharded.py", options, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("sharded") >= 2
