@@ -10,7 +10,7 @@ from allmem_ops import ttt_mlp
 from benchmarks.gpu import contest as contests
 from benchmarks.gpu import report
 from benchmarks.gpu.contest import OURS, Contest, Gate, judge
-from benchmarks.gpu.test_contests import CONTESTS
+from benchmarks.gpu.test_contests import CONTESTS, keep_in
 from benchmarks.peers.chunk_loop import chunk_loop
 
 COPY = 3e12
@@ -100,7 +100,7 @@ def test_the_report_shows_what_the_results_hold(tmp_path: Path):
     (tmp_path / "swa.json").write_text(json.dumps(content))
     (tmp_path / "other.json").write_text(json.dumps({"rows": []}))
     text = report.report(tmp_path)
-    assert "**`swa`** (a card, PyTorch 2.11, commit abc; ceilings 800 TFLOP/s, 3.00 TB/s)" in text and "other" not in text
+    assert "**`swa`** (commit abc: a card, PyTorch 2.11; ceilings 800 TFLOP/s, 3.00 TB/s)" in text and "other" not in text
     assert "| 0.500 ms; from Python 1.000 ms; 480 TFLOP/s, 61 % of the ceiling | 5 MB | flex 0.700 ms |" in text
     for mark in ("1.4 x flex (1.1 / 1.3): target reached", "1.2 x flex (1.1 / 1.3): gate passed", "0.9 x flex (1.1 / 1.3): **missed**"):
         assert mark in text
@@ -108,6 +108,21 @@ def test_the_report_shows_what_the_results_hold(tmp_path: Path):
     assert report.written(document, "new") == f"a\n{report.BEGIN}\n\nnew\n\n{report.END}\nz"
     with pytest.raises(SystemExit, match="must hold the lines"):
         report.written("no markers", "new")
+
+
+def test_runs_in_several_calls_add_up(tmp_path: Path):
+    path = tmp_path / "swa.json"
+    first, second = ({"device": "a card", "torch": "2.11", "commit": commit} for commit in ("abc", "def"))
+    names = [c.name for c in CONTESTS if c.op == "swa"][:2]
+    for name, about, ms in ((names[1], first, 1.0), (names[0], first, 2.0), (names[1], second, 3.0)):
+        keep_in(
+            path, {"op": "swa", "name": name, "directions": _found(ours=ms)["directions"], "verdicts": []}, about, {"flops": 1, "bytes": 1}
+        )
+    found = json.loads(path.read_text())["contests"]
+    assert [(c["name"], c["environment"]["commit"], c["directions"]["forward"]["ours"]["ms"]) for c in found] == [
+        (names[0], "abc", 2.0),
+        (names[1], "def", 3.0),
+    ]
 
 
 def test_the_results_page_holds_the_report_of_the_committed_results():

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.gpu.contest import OURS
 
 BEGIN, END = "<!-- contests: begin (python -m benchmarks.gpu.report) -->", "<!-- contests: end -->"
-HEAD = "| case | direction | ours | extra peak | peers | gates: figure (gate / target) |\n|---|---|---|---|---|---|"
+HEAD = "| case | direction | ours | extra peak | peers | gates: figure (gate / target) | commit |\n|---|---|---|---|---|---|---|"
 
 
 def _time(ms: float) -> str:
@@ -22,9 +22,9 @@ def _ours(result: dict) -> str:
     parts = [_time(result["ms"])]
     if result.get("wall_ms") is not None:
         parts.append(f"from Python {_time(result['wall_ms'])}")
-    if result["percent_of_flops"] >= 1:
+    if result.get("percent_of_flops", 0) >= 1:
         parts.append(f"{result['tflops']:.0f} TFLOP/s, {result['percent_of_flops']:.0f} % of the ceiling")
-    if result["percent_of_copy"] >= 10:
+    if result.get("percent_of_copy", 0) >= 10:
         parts.append(f"{result['gb_per_s']:.0f} GB/s, {result['percent_of_copy']:.0f} % of copy")
     return "; ".join(parts) + (" (graph)" if result.get("mode") == "graph" else "")
 
@@ -36,6 +36,23 @@ def _verdict(v: dict) -> str:
     return f"{v['figure']:.4g} {unit} ({marks}): {mark}"
 
 
+def _facts(content: dict, contest: dict) -> tuple[dict, dict]:
+    """(environment, ceilings) of the run that a contest is from: its own, or the whole file's."""
+    return contest.get("environment", content["environment"]), contest.get("ceilings", content["ceilings"])
+
+
+def _about(content: dict) -> str:
+    """Card, versions and ceilings of each run that a file's contests are from."""
+    lines = []
+    for contest in content["contests"]:
+        about, ceilings = _facts(content, contest)
+        flops, copy = ceilings["flops"] / 1e12, ceilings["bytes"] / 1e12
+        facts = f"commit {about['commit']}: {about['device']}, PyTorch {about['torch']}; ceilings {flops:.0f} TFLOP/s, {copy:.2f} TB/s"
+        if facts not in lines:
+            lines.append(facts)
+    return ". ".join(lines)
+
+
 def table(content: dict) -> str:
     """One operator's contests, a line a direction."""
     rows = []
@@ -44,8 +61,9 @@ def table(content: dict) -> str:
             ours = results[OURS]
             peers = "; ".join(f"{name} {_time(r['ms'])}" for name, r in results.items() if name != OURS)
             gates = "; ".join(_verdict(v) for v in contest["verdicts"] if v["direction"] == direction)
-            peak = f"{ours['extra_peak_bytes'] / 1e6:.0f} MB"
-            rows.append(f"| {contest['name']} | {direction} | {_ours(ours)} | {peak} | {peers} | {gates} |")
+            peak = f"{ours['extra_peak_bytes'] / 1e6:.0f} MB" if "extra_peak_bytes" in ours else ""
+            commit = _facts(content, contest)[0]["commit"]
+            rows.append(f"| {contest['name']} | {direction} | {_ours(ours)} | {peak} | {peers} | {gates} | {commit} |")
     return "\n".join([HEAD, *rows])
 
 
@@ -56,10 +74,7 @@ def report(folder: Path) -> str:
         content = json.loads(path.read_text())
         if "contests" not in content:
             continue
-        about, ceilings = content["environment"], content["ceilings"]
-        flops, copy = ceilings["flops"] / 1e12, ceilings["bytes"] / 1e12
-        facts = f"{about['device']}, PyTorch {about['torch']}, commit {about['commit']}; ceilings {flops:.0f} TFLOP/s, {copy:.2f} TB/s"
-        parts.append(f"**`{path.stem}`** ({facts})\n\n{table(content)}")
+        parts.append(f"**`{path.stem}`** ({_about(content)})\n\n{table(content)}")
     return "\n\n".join(parts)
 
 

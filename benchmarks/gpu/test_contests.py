@@ -23,19 +23,24 @@ CONTESTS = (
 )
 
 
+def keep_in(path: Path, result: dict, about: dict, ceilings: dict[str, float]) -> None:
+    """Put a contest into a results file, in the place of an older run of it; the file's others stay, each with its own run's facts."""
+    kept = json.loads(path.read_text())["contests"] if path.is_file() else []
+    contests = [c for c in kept if c["name"] != result["name"]] + [result | {"environment": about, "ceilings": ceilings}]
+    order = {c.name: i for i, c in enumerate(CONTESTS)}
+    contests.sort(key=lambda c: order.get(c["name"], len(order)))
+    path.write_text(json.dumps({"environment": about, "ceilings": ceilings, "contests": contests}, indent=1))
+
+
 @pytest.fixture(scope="session")
 def record(request: pytest.FixtureRequest, half_machine: dict[str, float]) -> Callable[[dict], None]:
-    """Keeps what a contest found; with `--results DIR` its operator's file is rewritten at once: a run cut short leaves the rest."""
-    folder, found = request.config.getoption("--results"), []
+    """Keeps what a contest found: with `--results DIR` in its operator's file there, at once."""
+    folder = request.config.getoption("--results")
 
     def keep(result: dict) -> None:
-        found.append(result)
-        if folder is None:
-            return
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        contests = [f for f in found if f["op"] == result["op"]]
-        content = {"environment": environment("cuda"), "ceilings": half_machine, "contests": contests}
-        (Path(folder) / f"{result['op']}.json").write_text(json.dumps(content, indent=1))
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            keep_in(Path(folder) / f"{result['op']}.json", result, environment("cuda"), half_machine)
 
     return keep
 
