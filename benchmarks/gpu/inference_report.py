@@ -4,7 +4,6 @@ python -m benchmarks.gpu.inference_report benchmarks/results/h100               
 python -m benchmarks.gpu.inference_report benchmarks/results/h100 --write docs/inference.md  # replaces the text between its two markers
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from allmem_ops.cost import cache_bytes
 from benchmarks.gpu.contest import OURS
 from benchmarks.gpu.inference import AT_8K, FLEX, KERNELS, SDPA, shape_of
-from benchmarks.gpu.report import _verdict
+from benchmarks.gpu.report import command, verdict_text
 
 BEGIN, END = "<!-- inference: begin (python -m benchmarks.gpu.inference_report) -->", "<!-- inference: end -->"
 
@@ -31,7 +30,7 @@ def decode_table(content: dict[str, Any]) -> str:
         results, shape = contest["directions"]["step"], shape_of(name)
         count = int(batch.removeprefix("B"))
         sizes = (count * cache_bytes(shape, int(context), mixer) / 1e9 for mixer in ("allmem", "full"))
-        gates = "; ".join(_verdict(v) for v in contest["verdicts"])
+        gates = "; ".join(verdict_text(v) for v in contest["verdicts"])
         bound = f"{results[OURS]['percent_of_copy']:.0f} %"
         times = [*(_ms(results, n) for n in (OURS, KERNELS, AT_8K)), bound, _ms(results, SDPA), _ms(results, FLEX)]
         cells = [name, str(count), f"{int(context):,}", *times, " / ".join(f"{x:.2f} GB" for x in sizes), gates]
@@ -81,26 +80,5 @@ def report(folder: Path) -> str:
     return "\n\n".join(parts) or "No GPU run of these commands is recorded yet."
 
 
-def written(document: str, text: str) -> str:
-    """`document` with what stands between the markers replaced by `text`."""
-    before, mark, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (mark and end):
-        raise SystemExit(f"the document must hold the lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--write", type=Path, metavar="DOCUMENT")
-    options = parser.parse_args()
-    text = report(options.folder)
-    if options.write is None:
-        print(text)
-    else:
-        options.write.write_text(written(options.write.read_text(), text))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, report, BEGIN, END)

@@ -6,6 +6,7 @@ python -m benchmarks.gpu.report benchmarks/results/h100 --write docs/results.md 
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.gpu.contest import OURS
@@ -29,7 +30,7 @@ def _ours(result: dict) -> str:
     return "; ".join(parts) + (" (graph)" if result.get("mode") == "graph" else "")
 
 
-def _verdict(v: dict) -> str:
+def verdict_text(v: dict) -> str:
     unit = "x " + v["against"] if v["against"] else v["unit"]
     mark = "target reached" if v["reached"] else "gate passed" if v["passed"] else "**missed**"
     marks = f"{v['gate']:.4g}" if v["gate"] == v["target"] else f"{v['gate']:.4g} / {v['target']:.4g}"
@@ -60,7 +61,7 @@ def table(content: dict) -> str:
         for direction, results in contest["directions"].items():
             ours = results[OURS]
             peers = "; ".join(f"{name} {_time(r['ms'])}" for name, r in results.items() if name != OURS)
-            gates = "; ".join(_verdict(v) for v in contest["verdicts"] if v["direction"] == direction)
+            gates = "; ".join(verdict_text(v) for v in contest["verdicts"] if v["direction"] == direction)
             peak = f"{ours['extra_peak_bytes'] / 1e6:.0f} MB" if "extra_peak_bytes" in ours else ""
             commit = _facts(content, contest)[0]["commit"]
             rows.append(f"| {contest['name']} | {direction} | {_ours(ours)} | {peak} | {peers} | {gates} | {commit} |")
@@ -78,17 +79,18 @@ def report(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def written(document: str, text: str) -> str:
-    """`document` with what stands between the markers replaced by `text`."""
-    before, mark, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (mark and end):
-        raise SystemExit(f"the document must hold the lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+def written(document: str, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """`document` with what stands between two markers replaced by `text`."""
+    before, opened, rest = document.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise SystemExit(f"the document must hold the lines {begin!r} and {end!r}")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(about: str, report: Callable[[Path], str], begin: str, end: str) -> None:
+    """The command line of a report: print it, or write it between a document's markers."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--write", type=Path, metavar="DOCUMENT")
     options = parser.parse_args()
@@ -96,8 +98,8 @@ def main() -> None:
     if options.write is None:
         print(text)
     else:
-        options.write.write_text(written(options.write.read_text(), text))
+        options.write.write_text(written(options.write.read_text(), text, begin, end))
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, report, BEGIN, END)

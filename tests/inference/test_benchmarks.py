@@ -13,6 +13,7 @@ from allmem_ops.hf import AllMemCache, convert, full_attention
 from allmem_ops.inference.packed import PackedStep
 from benchmarks.gpu import inference, inference_report
 from benchmarks.gpu.contest import OURS
+from benchmarks.gpu.report import written
 from benchmarks.peers.static_cache import FullAttentionStep, StaticCache, sdpa
 from tests.hf.tiny import awaken, tiny_config, tiny_model, tokens
 
@@ -145,4 +146,5 @@ def test_the_report_is_drawn_from_the_results(tmp_path):
     ):
         assert figure in text, figure
     page = (root / "docs" / "inference.md").read_text()
-    assert inference_report.written(page, inference_report.report(root / "benchmarks" / "results" / "h100")) == page
+    text = inference_report.report(root / "benchmarks" / "results" / "h100")
+    assert written(page, text, inference_report.BEGIN, inference_report.END) == page
