@@ -18,7 +18,7 @@ from allmem_ops.ops.swa import launch_bwd, launch_bwd_hopper
 from allmem_ops.ops.swa.chunk import swa_chunk_backward, swa_chunk_forward
 from allmem_ops.ops.swa.kernels import bwd, hopper_bwd
 from allmem_ops.ops.swa.launch_bwd import swa_triton_backward
-from allmem_ops.testing import assert_within_budget, gluon_cpu
+from allmem_ops.testing import assert_within_budget, gluon_cpu, relative_error
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -52,22 +52,15 @@ def at(args, dtype):
     return [do.to(dtype), dlse.float(), *x, cu_seqlens, o.to(dtype), lse.float(), window, sinks, scale]
 
 
-def check(x, window, sinks, *, draws=False, **options):
-    """The kernels' gradients, within the budget.
-
-    draws: the kernels run on the first of the batch, the rest are further draws for plain PyTorch, whose largest error in a few elements
-    is a matter of luck otherwise.
-    """
+def check(x, window, sinks, **options):
+    """The kernels' gradients, within the budget."""
     dtype = x[0].dtype
     args = saved(x, window, sinks, **options)
     args[0] = args[0].to(dtype).double()
     exact, low = swa_chunk_backward(*args), swa_chunk_backward(*at(args, dtype))
-    args = at(args, dtype)
-    if draws:
-        args = [t[:1] if isinstance(t, torch.Tensor) else t for t in args]
-    for name, got, *values in zip(NAMES, swa_triton_backward(*args), low, exact, strict=True):
+    for name, got, *values in zip(NAMES, swa_triton_backward(*at(args, dtype)), low, exact, strict=True):
         assert got.dtype == dtype and got.is_contiguous()
-        assert_within_budget(name, torch.cat([got, values[0][1:]]) if draws else got, *values)
+        assert_within_budget(name, got, *values)
 
 
 CASES = {  # Tq, Tk, window, sinks
@@ -93,7 +86,7 @@ by_query = pytest.mark.parametrize("far", [False, True], ids=["q", "q_sinks"])
 @by_case
 def test_float32_within_the_budget(case, far):
     Tq, Tk, window, sinks = case
-    check(make(Tq, Tk, B=4, far=far), window, sinks, draws=True)
+    check(make(Tq, Tk, far=far), window, sinks)
 
 
 @by_case
@@ -114,10 +107,13 @@ def test_half_within_the_budget(case):
 )
 @example(70, 40, 10, 40, (4, 2), 64, True)
 def test_any_sizes_and_heads(Tq, before, window, sinks, heads, sms, far):
-    x = make(Tq, Tq + before, B=8, HQ=heads[0], HK=heads[1], far=far)
+    x = make(Tq, Tq + before, HQ=heads[0], HK=heads[1], far=far)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch_bwd, "sm_count", lambda _: sms)  # into how many ranges the queries of a sink are cut
-        check(x, window, sinks, draws=True)
+        args = saved(x, window, sinks)
+        # Few elements: the largest error of plain PyTorch among them is a matter of luck, and no budget.
+        for got, exact in zip(swa_triton_backward(*at(args, torch.float32)), swa_chunk_backward(*args), strict=True):
+            assert relative_error(got, exact) < 2e-6
 
 
 @pytest.mark.parametrize("D", [24, 64] if not CUDA else [80, 256])

@@ -83,7 +83,7 @@ def probabilities(b_s, b_lse, scale, HALF: tl.constexpr):
     One multiply-add and exp2 an element. For float32 operands the difference comes first: the rounding of lse * log2(e), of the size
     of lse, would double the error of p.
     """
-    return tl.exp2(b_s * (scale * LOG2E) - b_lse) if HALF else tl.exp2((b_s * scale - b_lse) * LOG2E)
+    return tl.exp2(b_s * (scale * LOG2E) - b_lse) if HALF else tl.exp(b_s * scale - b_lse)
 
 
 @triton.jit
