@@ -1,15 +1,13 @@
 """Command line of the demo: every foreseeable error is one sentence."""
 
 import argparse
-import importlib.util
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from allmem_ops._command_line import Problem, check_device, check_installed
 from allmem_ops.demo.settings import Settings
 
 NEEDED = ("transformers", "safetensors", "gguf", "accelerate", "matplotlib", "tqdm")
@@ -34,19 +32,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def first_problem(options: argparse.Namespace) -> str | None:
     """What stands in the way of a run, as one sentence, or None."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        return f'the demo needs {", ".join(missing)}: pip install -e ".[demo]" -c constraints.txt'
+    try:
+        check_installed(NEEDED, "the demo", 'pip install -e ".[demo]" -c constraints.txt')
+        check_device(options.device)
+    except Problem as problem:
+        return str(problem)
     if options.steps < 1:
         return f"--steps must be at least 1; got {options.steps}"
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        return f"--device must be cpu or cuda; got {options.device!r}"
-    if device.type not in ("cpu", "cuda"):
-        return f"--device must be cpu or cuda; got {options.device!r}"
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        return f"--device {options.device} is not there: torch sees {torch.cuda.device_count()} CUDA devices"
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=options.output):

@@ -115,12 +115,9 @@ def load_tokenizer(weights: Path) -> Any:
 
 def load_model(weights: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """The model as a Hugging Face causal LM, dequantised to `dtype`, in evaluation mode."""
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from allmem_ops.hf.load import load_causal_lm
 
-    # Dequantised in so many words: with weights left in blocks a gradient could not pass.
-    dense = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, quantization_config=dense, dtype=dtype)
-    return model.to(device).eval()
+    return load_causal_lm(weights, dtype=dtype).to(device)
 
 
 def is_smollm2(source: str) -> bool:

@@ -1,7 +1,6 @@
 """Command line of the evaluation: every foreseeable error is one sentence."""
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,15 +15,12 @@ from typing import Any
 import torch
 
 from allmem_ops import AllMemConfig
+from allmem_ops._command_line import Problem, check_device, check_installed, check_memory, load_model
 from allmem_ops.demo import smollm2
 
 NEEDED = ("transformers", "safetensors", "tqdm", "numpy")
 ARM_KEYS = ("full", "ntk", "window", "allmem", "writes-off", "adapter", "linear")
 PART_NAMES = ("rows", "long", "short", "needles", "speed")
-
-
-class Problem(Exception):
-    """What stands in the way, as one sentence."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -70,9 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def check(options: argparse.Namespace) -> None:
     """Raise `Problem` for whatever can be known before a model is loaded."""
     needed = NEEDED + (("lm_eval",) if options.tasks else ()) + (("gguf", "accelerate") if smollm2.is_smollm2(options.model) else ())
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Problem(f'the evaluation needs {", ".join(missing)}: pip install -e ".[eval]" -c constraints.txt')
+    check_installed(needed, "the evaluation", 'pip install -e ".[eval]" -c constraints.txt')
     for name, allowed in (("arms", ARM_KEYS), ("parts", PART_NAMES)):
         for value in getattr(options, name) or ():
             if value not in allowed:
@@ -85,9 +79,7 @@ def check(options: argparse.Namespace) -> None:
             raise Problem(f"--arms {key} needs --{key} FOLDER")
     for name in ("memory", "adapter", "linear"):
         for folder in getattr(options, name):
-            absent = [file for file in ("memory.safetensors", "memory.json") if not (folder / file).is_file()]
-            if absent:
-                raise Problem(f"--{name} {folder} holds no {absent[0]}: it must be a folder that allmem_ops.hf.save_memory wrote")
+            check_memory(name, folder)
     if len(options.chunk) != len(options.window) or len(set(options.window)) != len(options.window):
         raise Problem(f"--window must name each window once, and --chunk one for each; got {options.window} and {options.chunk}")
     for window, chunk in zip(options.window, options.chunk, strict=True):
@@ -96,14 +88,7 @@ def check(options: argparse.Namespace) -> None:
     for name in ("segment", "tokens_per_pass", "needle_repeats"):
         if getattr(options, name) < 1:
             raise Problem(f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        raise Problem(f"--device must be cpu or cuda; got {options.device!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise Problem(f"--device must be cpu or cuda; got {options.device!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise Problem(f"--device {options.device} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    device = check_device(options.device)
     options.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     try:
         options.output.mkdir(parents=True, exist_ok=True)
@@ -219,14 +204,6 @@ class _Laps:
     def end(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name], self.last = round(now - self.last, 2), now
-
-
-def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The base model, not converted, and its tokenizer."""
-    try:
-        return smollm2.load_by_name(options.model, dtype=getattr(torch, options.dtype), device=options.device)
-    except smollm2.ModelUnavailable as error:
-        raise Problem(f"--model {options.model} can't be loaded: {error}") from error
 
 
 def load_texts(options: argparse.Namespace, tokenizer: Any, texts_file: Any) -> Any:

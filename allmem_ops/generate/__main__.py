@@ -1,7 +1,6 @@
 """Command line: every foreseeable error is one sentence."""
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -10,14 +9,11 @@ from typing import Any
 
 import torch
 
+from allmem_ops._command_line import Problem, check_device, check_installed, check_memory, load_model
 from allmem_ops.demo import smollm2
 
 NEEDED = ("transformers", "safetensors", "tqdm")
 _DTYPES = ("bfloat16", "float16", "float32")
-
-
-class Problem(Exception):
-    """What stands in the way, as one sentence."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,9 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def check(options: argparse.Namespace) -> None:
     """Raise `Problem` for whatever can be known before a model is loaded."""
     needed = NEEDED + (("gguf", "accelerate") if smollm2.is_smollm2(options.model) else ())
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Problem(f'this needs {", ".join(missing)}: pip install -e ".[demo]" -c constraints.txt')
+    check_installed(needed, "this", 'pip install -e ".[demo]" -c constraints.txt')
     if options.prompt_file is None and options.prompt is None and options.state_in is None:
         raise Problem("give --prompt-file, --prompt or --state-in: there is nothing to read")
     if options.max_new_tokens and options.prompt_file is None and not options.prompt:
@@ -68,23 +62,14 @@ def check(options: argparse.Namespace) -> None:
         if getattr(options, name) < 0:
             raise Problem(f"--{name.replace('_', '-')} must be at least 0; got {getattr(options, name)}")
     if options.memory is not None:
-        absent = [file for file in ("memory.safetensors", "memory.json") if not (options.memory / file).is_file()]
-        if absent:
-            raise Problem(f"--memory {options.memory} holds no {absent[0]}: it must be a folder that allmem_ops.hf.save_memory wrote")
+        check_memory("memory", options.memory)
     for name in ("prompt_file", "state_in"):
         path = getattr(options, name)
         if path is not None and str(path) != "-" and not path.is_file():
             raise Problem(f"--{name.replace('_', '-')} {path} is no file")
     if options.state_out is not None and not options.state_out.parent.is_dir():
         raise Problem(f"--state-out {options.state_out} can't be written: {options.state_out.parent} is no folder")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        raise Problem(f"--device must be cpu or cuda; got {options.device!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise Problem(f"--device must be cpu or cuda; got {options.device!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise Problem(f"--device {options.device} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    device = check_device(options.device)
     options.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
 
 
@@ -135,14 +120,6 @@ def generate(options: argparse.Namespace) -> None:
         decoder.read(torch.tensor([ids]), segment=options.segment)
     if options.max_new_tokens:
         answer(decoder, tokenizer, options)
-
-
-def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The base model, not converted, and its tokenizer."""
-    try:
-        return smollm2.load_by_name(options.model, dtype=getattr(torch, options.dtype), device=options.device)
-    except smollm2.ModelUnavailable as error:
-        raise Problem(f"--model {options.model} can't be loaded: {error}") from error
 
 
 def convert_model(model: Any, options: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -13,12 +12,10 @@ from typing import Any
 
 import torch
 
+from allmem_ops._command_line import Problem, check_installed
+
 NEEDED = ("transformers", "safetensors", "accelerate", "tqdm", "numpy")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-class Problem(Exception):
-    """What stands in the way of a run, as one sentence."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,9 +75,7 @@ def run(arguments: Sequence[str] | None = None) -> Any:
         ValueError: likewise, from the library's own checks.
     """
     options = parser().parse_args(arguments)
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Problem(f'training needs {", ".join(missing)}: pip install "allmem-ops[train]"')
+    check_installed(NEEDED, "training", 'pip install "allmem-ops[train]"')
     # After the check: these import the extras.
     from accelerate import Accelerator
     from accelerate.utils import set_seed

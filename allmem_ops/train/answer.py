@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from allmem_ops._command_line import Problem
 from allmem_ops.hf import load_memory, reconfigure
 from allmem_ops.hf.load import load_causal_lm, load_tokenizer
-from allmem_ops.train.__main__ import DTYPES, Problem
+from allmem_ops.train.__main__ import DTYPES
 from allmem_ops.training.on_policy import answer_prompts
 
 
