@@ -6,7 +6,7 @@ import sys
 from accelerate import state
 from accelerate.utils import DistributedType
 
-from allmem_ops.train.__main__ import run
+from allmem_ops.train.__main__ import finish, run
 from allmem_ops.training import Distillation
 
 
@@ -29,7 +29,7 @@ def main():
     trained = run(sys.argv[1:])
     assert trained.sharded
     sys.stdout.write("sharded\n")
-    trained.accelerator.end_training()
+    finish(trained.accelerator)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import gather
 
 from allmem_ops.hf import memory_parameters
-from allmem_ops.train.__main__ import run
+from allmem_ops.train.__main__ import finish, run
 
 
 def main():
@@ -17,7 +17,7 @@ def main():
     both = gather(flat[None])
     assert both.shape[0] == 2 and torch.equal(both[0], both[1]), "the processes' memories differ"
     sys.stdout.write("equal parameters\n")
-    trained.accelerator.end_training()
+    finish(trained.accelerator)
 
 
 if __name__ == "__main__":
