@@ -213,8 +213,8 @@ def _recipe(options: argparse.Namespace, steps: int) -> Any:
 def finish(accelerator: Any) -> None:
     """End trackers and the process group, when the group's threads have nothing left to do.
 
-    torch 2.13's Gloo joins its threads in a destructor that holds the GIL; a thread that still has a collective's tensors to give back waits for it.
-    Seen once in the tests: a process whose training was over stood there for good (not reproduced in 3,200 groups made and destroyed).
+    torch 2.13's Gloo joins its threads in a destructor that holds the GIL, and a thread that has a collective's tensors to give back waits
+    for it. Seen once in the tests, and not reproduced since: a process whose training was over stood there for good.
     """
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()
