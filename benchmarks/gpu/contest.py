@@ -56,6 +56,7 @@ class Contest:
         device_time: what is called has the device's time, not the host's: the host gets a head start (for calls shorter than their launch).
         inner: how many times a call runs the operator: times are divided by it, and `work` is that of one.
         as_called: also give the wall time of calls from Python.
+        least: rounds at least, also where they take longer than a contest should.
     """
 
     op: str
@@ -67,6 +68,7 @@ class Contest:
     device_time: bool = False
     inner: int = 1
     as_called: bool = False
+    least: int = 5
     work_of: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -84,7 +86,7 @@ def run(contest: Contest, ceilings: Mapping[str, float]) -> dict:
     for direction, calls in contest.build().items():
         timed = {n: graphed(c) for n, c in calls.items()} if direction in contest.graph else calls
         results = {}
-        for name, times in interleaved_ms(timed, head_start=contest.device_time).items():
+        for name, times in interleaved_ms(timed, least=contest.least, head_start=contest.device_time).items():
             flops, moved = contest.work_of.get(name, contest.work)[direction]
             result = summary([t / contest.inner for t in times])
             seconds = result["ms"] * 1e-3

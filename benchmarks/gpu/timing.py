@@ -14,12 +14,12 @@ HEAD_START_CYCLES = 5_000_000  # about 2.5 ms on an H100: a backward through aut
 
 
 def interleaved_ms(
-    calls: Mapping[str, Call], *, rounds: int = 30, seconds: float = 0.8, head_start: bool = False
+    calls: Mapping[str, Call], *, least: int = 5, rounds: int = 30, seconds: float = 0.8, head_start: bool = False
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, measured by events around it; every round times each contestant once, in turn.
 
-    At least 5 rounds, at most `rounds`, and none is begun after `seconds`. `head_start`: the device waits for about 2.5 ms before the first
-    event, so that the host has launched a short call before the device comes to it: what is timed is the device.
+    At least `least` rounds, at most `rounds`, and none is begun after `seconds`. `head_start`: the device waits for about 2.5 ms before
+    the first event, so that the host has launched a short call before the device comes to it: what is timed is the device.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     for call in calls.values():
@@ -29,7 +29,7 @@ def interleaved_ms(
     times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.monotonic()
     for i in range(rounds):
-        if i >= 5 and time.monotonic() - start > seconds:
+        if i >= least and time.monotonic() - start > seconds:
             break
         for name, call in calls.items():
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
