@@ -54,7 +54,7 @@ def test_another_card_has_no_gates():
 
 
 def test_run_times_every_contestant_of_every_direction(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(contests, "interleaved_ms", lambda calls, head_start: {name: [call()] * 5 for name, call in calls.items()})
+    monkeypatch.setattr(contests, "interleaved_ms", lambda calls, least, head_start: {name: [call()] * 5 for name, call in calls.items()})
     monkeypatch.setattr(contests, "_extra_peak_bytes", lambda call: 7)
     contest = Contest(
         "op", "case", build=lambda: {"forward": {OURS: lambda: 2.0, "peer": lambda: 6.0}}, work={"forward": (4 * 10**9, 2 * 10**6)}, inner=2
