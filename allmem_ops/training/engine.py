@@ -14,7 +14,7 @@ from allmem_ops._validation import fail
 from allmem_ops.hf import full_attention, memory_parameters, reconfigure, trainable_parameters
 from allmem_ops.hf.unmasked import unmasked
 from allmem_ops.training.data import Batch
-from allmem_ops.training.graph import GraphedStep
+from allmem_ops.training.graph import GraphedSteps
 from allmem_ops.training.kl import forward_kl
 from allmem_ops.training.recipe import NO_DRAW, Draw, Recipe
 
@@ -100,8 +100,9 @@ class Distillation:
         model: a model that `allmem_ops.hf.convert` changed; put into training mode.
         recipe: the steps.
         accelerator: an `accelerate.Accelerator`: several processes, by its own config. None: this process alone.
-        cuda_graph: replay the student's forward and backward as one CUDA graph: batches of one shape without mask, one process,
-            and a recipe that draws nothing.
+        cuda_graph: replay forward and backward, the teacher's too, as a CUDA graph for every draw, captured at the first step: batches
+            of one shape, one process, a recipe with `distinct_draws` or with nothing to draw, and nothing else about the model that
+            changes.
 
     Attributes:
         index: the next step; set by `load_optimizer_state`.
@@ -120,8 +121,8 @@ class Distillation:
         for group in groups:  # a part of the memory may be frozen
             group["params"] = [p for p in group["params"] if p.requires_grad]
         _check_only_memory_trains(model, [p for group in groups for p in group["params"]])
-        if cuda_graph and (recipe.draws or accelerator is not None):
-            fail("cuda_graph", "must be False where window, sinks or chunk size change from step to step, or with an accelerator", True)
+        if cuda_graph:
+            self._check_graph(next(iter(memory_parameters(model).values())).device)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.module: nn.Module = TeacherAndStudent(model.train(), recipe.first_position, recipe.kl_chunk)
@@ -131,7 +132,7 @@ class Distillation:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._engine_steps = accelerator is not None and str(accelerator.distributed_type).endswith("DEEPSPEED")
         self._sharded = accelerator is not None and not self._engine_steps and any(hasattr(p, "full_tensor") for p in self.parameters)
-        self._graph = GraphedStep(self._student_backward, self.parameters) if cuda_graph else None
+        self._graphs = GraphedSteps(self._pass, self.parameters, recipe.all_draws(), self._choose) if cuda_graph else None
 
     def step(self, batch: Batch | Tensor) -> Launched:
         """Launch the next step; `read` on what comes back waits for it.
@@ -143,31 +144,46 @@ class Distillation:
         if self.recipe.first_position >= batch.ids.shape[1]:
             fail("first_position", f"must be below T={batch.ids.shape[1]}", self.recipe.first_position)
         draw = self.recipe.draw(self.index)
-        if draw != NO_DRAW:
-            reconfigure(self.model, **draw._asdict())
+        self._choose(draw)
         factor = self.recipe.factor(self.index)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        kl = self._forward_backward(batch)
+        kl = self._forward_backward(batch, draw)
         norm = self._update(kl)
         launched = Launched(self.index, self.recipe.lr * factor, batch.ids.numel(), draw, torch.stack([kl.float(), norm.float()]))
         self.index += 1
         return launched
 
-    def _forward_backward(self, batch: Batch) -> Tensor:
+    def _choose(self, draw: Draw) -> None:
+        if draw != NO_DRAW:
+            reconfigure(self.model, **draw._asdict())
+
+    def _forward_backward(self, batch: Batch, draw: Draw) -> Tensor:
         """Fill the gradients; the mean KL over the tokens of all processes."""
-        first = self.recipe.first_position
-        count: Tensor | int = batch.ids[:, first:].numel() if batch.mask is None else batch.mask[:, first:].sum().clamp(min=1)
+        if self._graphs is not None:
+            return self._graphs(draw, *batch)
         if self.accelerator is None:
-            if self._graph is None:
-                return self._backward(self.module(*batch), 1 / count)
-            return self._graph(batch.ids, self._plain.teacher(batch.ids))
+            return self._pass(*batch)
         # The engine averages the gradients of its processes: each gives its sum over the mean count.
-        count = self.accelerator.reduce(torch.as_tensor(count, device=batch.ids.device, dtype=torch.float32), "mean")
+        count = torch.as_tensor(self._count(*batch), device=batch.ids.device, dtype=torch.float32)
+        count = self.accelerator.reduce(count, "mean")
         return self.accelerator.reduce(self._backward(self.module(*batch), 1 / count), "mean")
 
-    def _student_backward(self, ids: Tensor, teacher: Tensor) -> Tensor:
-        return self._backward(self._plain.student(ids, teacher), 1 / (teacher.shape[0] * teacher.shape[1]))
+    def _pass(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Forward and backward of this process alone."""
+        return self._backward(self._plain(ids, mask), 1 / self._count(ids, mask))
+
+    def _count(self, ids: Tensor, mask: Tensor | None) -> Tensor | int:
+        first = self.recipe.first_position
+        return ids[:, first:].numel() if mask is None else mask[:, first:].sum().clamp(min=1)
+
+    def _check_graph(self, device: torch.device) -> None:
+        if self.recipe.draws and not self.recipe.distinct_draws:
+            fail("cuda_graph", "must be False where every step draws window, sinks or chunk size anew", True, "Set `distinct_draws`")
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            fail("cuda_graph", "must be False with several processes", True)
+        if device.type != "cuda":
+            fail("cuda_graph", "must be False on a CPU", True)
 
     def _backward(self, kl: Tensor, scale: Tensor | float) -> Tensor:
         loss = kl * scale
@@ -195,7 +211,7 @@ class Distillation:
         fused.grad_scale = (norm / self.recipe.grad_clip).clamp(min=1.0).float()
         fused.found_inf = (~torch.isfinite(norm + kl)).float()
         self.optimizer.step()
-        if self._graph is None:
+        if self._graphs is None:
             self.optimizer.zero_grad()
         return norm
 

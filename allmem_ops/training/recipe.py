@@ -36,6 +36,7 @@ class Recipe:
         grad_clip: threshold on the norm of all gradients together.
         window, sinks, chunk_size: (lowest, highest) from which each step draws, both included; None: as the model stands.
             A chunk is never drawn longer than the window: a token in neither would be lost to the student.
+        distinct_draws: how many different draws the run has; 0: as many as steps. Few can each be a CUDA graph.
         first_position: the loss counts positions from here on.
         kl_chunk: tokens whose logits exist at a time.
         seed: of the draws and of the order of the data. (The memory's initial weights are drawn by `convert`.)
@@ -61,12 +62,14 @@ class Recipe:
     window: Range | None = None
     sinks: Range | None = None
     chunk_size: Range | None = None
+    distinct_draws: int = 0
     first_position: int = 0
     kl_chunk: int = CHUNK_SIZE
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_int("steps", self.steps, 1)
+        check_int("distinct_draws", self.distinct_draws, 0)
         check_int("first_position", self.first_position, 0)
         check_int("kl_chunk", self.kl_chunk, 1)
         check_int("seed", self.seed, 0)
@@ -100,16 +103,41 @@ class Recipe:
 
         Window and chunk size are uniform in their logarithm: from 256 to 2048 as many steps see 256 to 512 as 1024 to 2048.
         """
+        if self.distinct_draws and self.draws:
+            epoch, place = divmod(step, self.distinct_draws)
+            order = random.Random(f"{self.seed} epoch {epoch}").sample(range(self.distinct_draws), self.distinct_draws)
+            return self.all_draws()[order[place]]
         source = random.Random(f"{self.seed} {step}")
-        window = sinks = chunk_size = None
-        if self.window:
-            window = _log_uniform(source, *self.window)
-        if self.sinks:
-            sinks = source.randint(*self.sinks)
-        if self.chunk_size:
-            highest = self.chunk_size[1] if window is None else min(self.chunk_size[1], window)
-            chunk_size = _log_uniform(source, self.chunk_size[0], highest)
-        return Draw(window, sinks, chunk_size)
+        window = _log_uniform(source.random(), *self.window) if self.window else None
+        sinks = source.randint(*self.sinks) if self.sinks else None
+        return Draw(window, sinks, self._chunk_size(source.random(), window))
+
+    def all_draws(self) -> list[Draw]:
+        """The draws of a recipe with `distinct_draws`, or with nothing to draw: every step has one of them, each as often as another.
+
+        Of n draws, one lies in each n-th of every range: window and chunk size by their logarithm, the chunk size below its window.
+
+        Raises:
+            ValueError: a recipe that draws anew at every step.
+        """
+        if not self.draws:
+            return [self.draw(0)]
+        if not self.distinct_draws:
+            fail("distinct_draws", "must be at least 1 where all draws are wanted", 0)
+        source, n = random.Random(f"{self.seed} draws"), self.distinct_draws
+        places = [[(part + source.random()) / n for part in source.sample(range(n), n)] for _ in range(3)]
+        found = []
+        for at_window, at_sinks, at_chunk in zip(*places, strict=True):
+            window = _log_uniform(at_window, *self.window) if self.window else None
+            sinks = self.sinks[0] + int(at_sinks * (self.sinks[1] + 1 - self.sinks[0])) if self.sinks else None
+            found.append(Draw(window, sinks, self._chunk_size(at_chunk, window)))
+        return found
+
+    def _chunk_size(self, at: float, window: int | None) -> int | None:
+        if not self.chunk_size:
+            return None
+        lowest, highest = self.chunk_size
+        return _log_uniform(at, lowest, highest if window is None else min(highest, window))
 
     @property
     def draws(self) -> bool:
@@ -126,5 +154,7 @@ class Recipe:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _log_uniform(source: random.Random, lowest: int, highest: int) -> int:
-    return min(highest, int(math.exp(source.uniform(math.log(lowest), math.log(highest + 1)))))
+def _log_uniform(at: float, lowest: int, highest: int) -> int:
+    """The number at `at`, from 0 to 1, of a range that is uniform in its logarithm."""
+    start, end = math.log(lowest), math.log(highest + 1)
+    return min(highest, int(math.exp(start + (end - start) * at)))

@@ -112,6 +112,17 @@ def test_a_frozen_part_of_the_memory_stays():
     again.load_optimizer_state(state, 2)
 
 
-def test_cuda_graph_is_refused_where_it_would_freeze_a_draw():
-    with pytest.raises(ValueError, match="`cuda_graph` must be False where window, sinks or chunk size change"):
-        Distillation(make_model(), RECIPE, cuda_graph=True)
+def test_steps_have_the_distinct_draws():
+    model, recipe = make_model(), Recipe(steps=6, distinct_draws=3, **RANGES)
+    _, steps = run(model, recipe, batches(1) * 6)
+    assert [s.draw for s in steps] == [recipe.draw(i) for i in range(6)]
+    assert {s.draw for s in steps[:3]} == {s.draw for s in steps[3:]} == set(recipe.all_draws())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [(RANGES, "where every step draws window, sinks or chunk size anew"), (RANGES | {"distinct_draws": 4}, "on a CPU"), ({}, "on a CPU")],
+)
+def test_cuda_graph_is_refused_where_it_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=f"`cuda_graph` must be False {message}"):
+        Distillation(make_model(), Recipe(steps=8, **fields), cuda_graph=True)

@@ -1,10 +1,12 @@
 """On a GPU, with the kernels: a step waits for nothing, a resumed run is the unbroken one, and both implementations learn alike."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from allmem_ops.hf import memory_parameters
-from allmem_ops.training import Distillation, Recipe, load_checkpoint, save_checkpoint
+from allmem_ops.training import Batch, Distillation, Recipe, load_checkpoint, save_checkpoint
 from tests.training.tiny import batches, make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="what the device and the host do beside one another needs a GPU")
@@ -13,13 +15,13 @@ RECIPE = Recipe(steps=12, lr=5e-3, warmup=2, decay=3, window=(40, 90), sinks=(0,
 LENGTH = 300
 
 
-def run(recipe=RECIPE):
+def run(recipe=RECIPE, **options):
     model = make_model().cuda()
     memory = {id(p) for p in memory_parameters(model).values()}
     for p in model.parameters():
         if id(p) not in memory:
             p.data = p.data.bfloat16()
-    return Distillation(model, recipe)
+    return Distillation(model, recipe, **options)
 
 
 def data(count):
@@ -36,6 +38,42 @@ def test_a_step_waits_for_nothing():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not any(step.read(0.0).skipped for step in launched)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_graphs_give_the_losses_of_launched_steps_bit_for_bit(masked):
+    recipe = dataclasses.replace(RECIPE, distinct_draws=3)
+    rows = data(7)
+    if masked:
+        rows = [Batch(ids, ids % 3 > 0) for ids in rows]
+    found = []
+    for graph in (False, True):
+        engine = run(recipe, cuda_graph=graph)
+        steps = [engine.step(batch).read(0.0) for batch in rows]
+        found.append(([(s.kl, s.grad_norm, s.draw, s.skipped) for s in steps], [p.detach().clone() for p in engine.parameters]))
+    (plain, before), (replayed, after) = found
+    assert replayed == plain and len({s[0] for s in plain}) == 7
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_graphs_skip_and_resume_as_launched_steps_do(tmp_path):
+    recipe = dataclasses.replace(RECIPE, distinct_draws=3)
+    rows = data(8)
+    engine = run(recipe, cuda_graph=True)
+    whole = [engine.step(ids).read(0.0) for ids in rows]
+    first = run(recipe, cuda_graph=True)
+    before = [first.step(ids).read(0.0) for ids in rows[:4]]
+    again = run(recipe, cuda_graph=True)
+    load_checkpoint(again, save_checkpoint(first, tmp_path))
+    after = [again.step(ids).read(0.0) for ids in rows[4:]]
+    assert [(s.kl, s.grad_norm) for s in before + after] == [(s.kl, s.grad_norm) for s in whole]
+    kept = [p.detach().clone() for p in again.parameters]
+    alpha = next(p for n, p in memory_parameters(again.model).items() if n.endswith("alpha"))
+    alpha.data.fill_(float("inf"))
+    assert again.step(rows[0]).read(0.0).skipped
+    assert all(torch.equal(p, k) for p, k in zip(again.parameters, kept, strict=True) if p is not alpha)
+    with pytest.raises(ValueError, match=r"`inputs\[0\]` must"):
+        again.step(rows[0][:1])
 
 
 def test_resumed_run_is_the_unbroken_one_bit_for_bit(tmp_path):

@@ -38,8 +38,33 @@ def test_draws_depend_on_seed_and_step_alone():
 PINNED = Draw(window=1879, sinks=25, chunk_size=1142)
 
 
+@pytest.mark.parametrize("count", [1, 8, 40])
+def test_distinct_draws_cover_their_ranges_and_come_equally_often(count):
+    recipe = Recipe(steps=10, distinct_draws=count, **RANGES)
+    draws = recipe.all_draws()
+    assert len(draws) == count and draws == Recipe(steps=3, distinct_draws=count, **RANGES).all_draws()
+    assert all(256 <= d.window <= 2048 and 0 <= d.sinks <= 128 and 256 <= d.chunk_size <= d.window for d in draws)
+    # one in each part of a range, parts of equal size: of sinks as they are, of windows in their logarithm
+    for found, ends in (
+        (sorted(d.sinks for d in draws), [129 * i / count for i in range(count + 1)]),
+        (sorted(d.window for d in draws), [256 * (2049 / 256) ** (i / count) for i in range(count + 1)]),
+    ):
+        assert all(low - 1 < x < high for x, low, high in zip(found, ends[:-1], ends[1:], strict=True))
+    epochs = [[recipe.draw(epoch * count + i) for i in range(count)] for epoch in range(3)]
+    assert all(sorted(epoch) == sorted(draws) for epoch in epochs)
+    assert count == 1 or epochs[0] != epochs[1]
+    assert draws != Recipe(steps=3, distinct_draws=count, seed=1, **RANGES).all_draws()
+
+
+def test_all_draws_of_a_recipe_without_ranges_is_its_one():
+    assert Recipe(steps=3, window=(7, 7), distinct_draws=5).all_draws() == [Draw(7, None, None)]
+    assert Recipe(steps=3).all_draws() == [Draw(None, None, None)]
+    with pytest.raises(ValueError, match="`distinct_draws` must be at least 1 where all draws are wanted; got 0"):
+        Recipe(steps=3, **RANGES).all_draws()
+
+
 def test_round_trip_through_json():
-    recipe = Recipe(steps=5, lr=2e-3, warmup=1, decay=2, **RANGES)
+    recipe = Recipe(steps=5, lr=2e-3, warmup=1, decay=2, distinct_draws=4, **RANGES)
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
@@ -47,6 +72,7 @@ def test_round_trip_through_json():
     ("fields", "message"),
     [
         ({"steps": 0}, "`steps` must be at least 1; got 0"),
+        ({"distinct_draws": -1}, "`distinct_draws` must be at least 0; got -1"),
         ({"lr": 0.0}, "`lr` must be greater than 0.0; got 0.0"),
         ({"warmup": 3, "decay": 2}, "`warmup` plus `decay` must be at most total=4; got 5"),
         ({"window": (5, 4)}, r"`window` must be \(lowest, highest\); got \(5, 4\)"),
