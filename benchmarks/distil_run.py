@@ -18,6 +18,7 @@ KL over all positions, AdamW, WSD. A stopped run goes on exactly where it was; `
     --layers every_second  a memory in the layers 1, 3, 5, ...
     --fixed-start          the initial weights W_0 stay as drawn
     --memory linear        the gated delta rule in the memory's place, with as many parameters
+    --memory exact         a control: softmax attention over the whole past in the memory's place; one arm a process
 """
 
 import argparse
@@ -39,13 +40,19 @@ from allmem_ops.evaluation.arms import ALLMEM, FULL, NO_WRITES, WINDOW
 from allmem_ops.evaluation.linear import use_linear_memory
 from allmem_ops.evaluation.scoring import evaluate, teacher_hidden
 from allmem_ops.hf import convert, memory_mode, memory_parameters, reconfigure
+from allmem_ops.layers import memory as memory_layer
 from allmem_ops.training import Distillation, Recipe, Step, TokenRows, compile_blocks, plain_blocks, train
 from benchmarks.measure import environment
+from benchmarks.peers.exact_memory import exact_memory
 from benchmarks.training_speed import load_smollm2
 
 # What scoring and saving at the end of a call take on an H100.
 MARGIN = 20.0
 WINDOWS = ((512, 256), (1024, 512))  # window and chunk of the scores; 64 sinks
+# Fields of AllMemConfig that decide how a memory starts
+NUMBERS = ("eta_init", "mu_init", "gate_init", "w_init_scale", "alpha_lr_scale")
+WORDS = ("qk_init", "conv_init", "projection_init", "qk_activation", "gate")
+START = (*NUMBERS, *WORDS, "residual")
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -80,9 +87,14 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     arm.add_argument("--hidden", type=int, default=None)
     arm.add_argument("--layers", choices=("all", "every_second"), default="all")
     arm.add_argument("--fixed-start", action="store_true")
-    arm.add_argument("--memory", choices=("allmem", "linear"), default="allmem")
-    arm.add_argument("--eta-init", type=float, default=AllMemConfig.eta_init)
+    arm.add_argument("--memory", choices=("allmem", "linear", "exact"), default="allmem")
     arm.add_argument("--impl", choices=("auto", "chunk"), default="auto")
+    start = parser.add_argument_group("start, as in AllMemConfig")
+    for name in NUMBERS:
+        start.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(AllMemConfig, name))
+    for name in WORDS:
+        start.add_argument(f"--{name.replace('_', '-')}", default=getattr(AllMemConfig, name))
+    start.add_argument("--residual", action=switch, default=AllMemConfig.residual)
     return parser.parse_args(words)
 
 
@@ -96,15 +108,16 @@ def build(base: Any, options: argparse.Namespace) -> Any:
         sinks=64,
         chunk_size=chunk,
         norm=options.norm,
-        mu_init=AllMemConfig.mu_init if options.momentum else 1e-6,
         hidden_dim=options.hidden,
         memory_layers=None if options.layers == "all" else tuple(range(1, layers, 2)),
-        eta_init=options.eta_init,
         impl=options.impl,
+        **{name: getattr(options, name) for name in START},
     )
-    convert(model, config)
+    convert(model, config if options.momentum else config.replace(mu_init=1e-6))
     if options.memory == "linear":
         use_linear_memory(model)
+    if options.memory == "exact":
+        memory_layer.ttt_mlp = exact_memory
     if options.fixed_start:
         for name, p in memory_parameters(model).items():
             p.requires_grad_(name.rpartition(".")[2] not in ("w_gate", "w_up", "w_down"))
@@ -126,7 +139,7 @@ def scores(model: Any, rows: torch.Tensor, options: argparse.Namespace) -> dict[
     """Loss and KL beyond the window, and the share of the window's loss that the arm takes back."""
     model.eval()
     own = ALLMEM if options.writes else NO_WRITES
-    arms = (FULL, WINDOW, own) if own == NO_WRITES or options.memory == "linear" else (FULL, WINDOW, ALLMEM, NO_WRITES)
+    arms = (FULL, WINDOW, own) if own == NO_WRITES or options.memory != "allmem" else (FULL, WINDOW, ALLMEM, NO_WRITES)
     found = {}
     teacher = teacher_hidden(model, rows, rows_per_pass=2)
     for window, chunk in WINDOWS:

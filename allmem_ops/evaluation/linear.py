@@ -20,6 +20,7 @@ from allmem_ops.hf.checkpoint import read_tensors
 from allmem_ops.hf.runtime import runtime_of
 from allmem_ops.layers.config import AllMemConfig
 from allmem_ops.layers.memory import MemoryBranch
+from allmem_ops.layers.start import draw_taps
 from allmem_ops.layers.state_group import StateGroup
 from allmem_ops.ops.memory_input.state import ConvTail
 from allmem_ops.ops.state import RowState
@@ -167,12 +168,9 @@ class LinearBranch(nn.Module):
         self.head_bias.zero_()
         rates = torch.logspace(*(-math.log10(x) for x in RETENTION), H)
         self.head_bias[:H] = torch.log(torch.expm1(rates)).to(self.head_bias.device)
-        nn.init.uniform_(self.conv_weight, -(self.config.conv_size**-0.5), self.config.conv_size**-0.5)
-        if self.config.conv_init == "zero_sum" and self.config.conv_size > 1:
-            self.conv_weight.sub_(self.conv_weight.mean(-1, keepdim=True))
-        if self.config.qk_init == "tied":
-            for weight in (self.in_proj.weight, self.conv_weight):
-                weight[H * K : 2 * H * K].copy_(weight[: H * K])
+        draw_taps(self.conv_weight, H * K, self.config)
+        if self.config.qk_init != "independent":
+            self.in_proj.weight[H * K : 2 * H * K].copy_(self.in_proj.weight[: H * K])
         for norm in (self.q_norm, self.k_norm, self.readout_norm):
             norm.fill_(1)
         nn.init.normal_(self.out_proj.weight, std=self.out_proj.in_features**-0.5)

@@ -32,6 +32,7 @@ _FREE = {
     "gate_init",
     "conv_init",
     "qk_init",
+    "projection_init",
     "w_init_scale",
     "alpha_lr_scale",
 }

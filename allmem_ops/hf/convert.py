@@ -84,9 +84,10 @@ def convert(model: PreTrainedModel, config: AllMemConfig) -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for index in chosen:
-        attentions[index].memory = MemoryBranch(
-            hf_config.hidden_size, config, heads=hf_config.num_key_value_heads, device=attentions[index].q_proj.weight.device
-        ).train(model.training)
+        module = attentions[index]
+        branch = MemoryBranch(hf_config.hidden_size, config, heads=hf_config.num_key_value_heads, device=module.q_proj.weight.device)
+        branch.start_from(*(getattr(module, f"{name}_proj").weight for name in "qkvo"), head_dim=module.head_dim)
+        module.memory = branch.train(model.training)
     attention.register()
     attention.install(model, runtime)
     for module in attentions:

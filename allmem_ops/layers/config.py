@@ -34,12 +34,19 @@ class AllMemConfig:
         gate_init: initial gate, sigmoid of the gate head's bias. [D]
         gate: "head" (one gate a head), "channel" (one a channel) or "none". [D]
         conv_size: taps of the depth-wise causal convolution, 2 to 4; 1: none. [P: 4]
-        conv_init: how its taps start: "uniform" in +-1/sqrt(conv_size), or "zero_sum": the same less each channel's mean, so
-            that what all tokens have in common drops out of q, k and v (one tap stays uniform). [D: by measurement, docs/results.md]
+        conv_init: how its taps start: "uniform" in +-1/sqrt(conv_size); "zero_sum": the same less each channel's mean, so
+            that what all tokens have in common drops out of q, k and v (one tap stays uniform); "token": one on the current
+            token, zero on those before it; "token_zero_sum": the same, in q and k less the mean. [D: by measurement, docs/results.md]
         qk_norm: what normalises q and k per head: "rms+l2" (RMSNorm, then L2), "rms", "l2" or "none". [D: order]
         qk_activation: what follows the convolution on q and k: "silu" [P] or "none"; v always has SiLU.
         qk_init: "independent": q and k start from draws of their own; "tied": from one draw of projection and convolution,
-            so that a repeated token reads under the key it was written under; both train freely afterwards. [D]
+            so that a repeated token reads under the key it was written under; "shifted": tied, and k's taps are q's moved one
+            token back: the key of a token is the query of the token before it, so that a repeated token reads what followed it.
+            All train freely afterwards. [D]
+        projection_init: "random"; "values": v and the output projection start from the layer's pretrained attention (the value
+            projection of the memory head's key/value head, the output projection's part of it summed over its query heads);
+            "attention": q and k too, before RoPE, q as the mean of its query heads. `convert` does it; other head shapes
+            read a random subspace of the head. Biases are left out. [D]
         readout_norm: RMSNorm per head on what is read. [D: form]
         norm_eps: eps of the RMSNorms, inside the root. [D]
         l2_eps: eps of the L2 norm, inside the root. [D]
@@ -73,10 +80,11 @@ class AllMemConfig:
     gate_init: float = 0.5
     gate: Literal["head", "channel", "none"] = "head"
     conv_size: int = 4
-    conv_init: Literal["uniform", "zero_sum"] = "zero_sum"
+    conv_init: Literal["uniform", "zero_sum", "token", "token_zero_sum"] = "zero_sum"
     qk_norm: Literal["rms+l2", "rms", "l2", "none"] = "rms+l2"
     qk_activation: Literal["silu", "none"] = "silu"
-    qk_init: Literal["independent", "tied"] = "tied"
+    qk_init: Literal["independent", "tied", "shifted"] = "tied"
+    projection_init: Literal["random", "values", "attention"] = "random"
     readout_norm: bool = True
     norm_eps: float = 1e-6
     l2_eps: float = 1e-6
@@ -103,10 +111,13 @@ class AllMemConfig:
         check_choice("sink_positions", self.sink_positions, ("clamped", "absolute"))
         check_choice("norm", self.norm, ("pre_write", "post_write", "none"))
         check_choice("gate", self.gate, ("head", "channel", "none"))
-        check_choice("conv_init", self.conv_init, ("uniform", "zero_sum"))
+        check_choice("conv_init", self.conv_init, ("uniform", "zero_sum", "token", "token_zero_sum"))
         check_choice("qk_norm", self.qk_norm, ("rms+l2", "rms", "l2", "none"))
         check_choice("qk_activation", self.qk_activation, ("silu", "none"))
-        check_choice("qk_init", self.qk_init, ("independent", "tied"))
+        check_choice("qk_init", self.qk_init, ("independent", "tied", "shifted"))
+        check_choice("projection_init", self.projection_init, ("random", "values", "attention"))
+        if self.qk_init == "shifted" and self.conv_size < 2:
+            fail("conv_size", "must be at least 2 with qk_init='shifted'", self.conv_size)
         check_choice("impl", self.impl, IMPLS)
         for name in ("residual", "readout_norm"):
             check_bool(name, getattr(self, name))

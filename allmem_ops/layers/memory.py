@@ -10,13 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from allmem_ops._validation import check_bool, check_dtype, check_int, check_shape, fail
+from allmem_ops._impl import resolve_impl
+from allmem_ops._validation import check_bool, check_cu_seqlens, check_device, check_dtype, check_int, check_shape, fail
+from allmem_ops.layers.branch import BranchOptions, BranchParameters, branch, branch_readout
 from allmem_ops.layers.config import AllMemConfig
+from allmem_ops.layers.start import borrow, draw_bases, draw_taps
 from allmem_ops.layers.state_group import StateGroup
+from allmem_ops.ops.eager import direct
 from allmem_ops.ops.fusion.api import gated_fusion
 from allmem_ops.ops.memory_input.api import MemoryInput, memory_input, memory_input_step
+from allmem_ops.ops.memory_input.reference import Options as InputOptions
 from allmem_ops.ops.memory_input.state import ConvTail
 from allmem_ops.ops.ttt_mlp.api import ttt_mlp, ttt_mlp_step
+from allmem_ops.ops.ttt_mlp.reference import Options as MemoryOptions
+from allmem_ops.ops.ttt_mlp.slots import covers
 from allmem_ops.ops.ttt_mlp.state import MemoryState
 
 STEP_TOKENS = 256  # the longest segment that `ttt_mlp_step` and `memory_input_step` take
@@ -131,13 +138,10 @@ class MemoryBranch(nn.Module):
         bias[:eta_rows] = math.log(math.expm1(config.eta_init))
         bias[eta_rows : eta_rows + self.heads] = math.log(config.mu_init / (1 - config.mu_init))
         bias[eta_rows + self.heads :] = math.log(config.gate_init / (1 - config.gate_init))
-        nn.init.uniform_(self.conv_weight, -(config.conv_size**-0.5), config.conv_size**-0.5)
-        if config.conv_init == "zero_sum" and config.conv_size > 1:
-            self.conv_weight.sub_(self.conv_weight.mean(-1, keepdim=True))
-        if config.qk_init == "tied":
-            for weight in (self.in_proj.weight, self.conv_weight):
-                q, k = weight[: 2 * self.splits[0] // 3].chunk(2)
-                k.copy_(q)
+        draw_taps(self.conv_weight, self.splits[0] // 3, config)
+        if config.qk_init != "independent":
+            q, k = self.in_proj.weight[: 2 * self.splits[0] // 3].chunk(2)
+            k.copy_(q)
         for norm in (self.q_norm, self.k_norm, self.readout_norm):
             if norm is not None:
                 norm.fill_(1)
@@ -145,6 +149,38 @@ class MemoryBranch(nn.Module):
             nn.init.normal_(weight, std=config.w_init_scale * weight.shape[-1] ** -0.5)
         nn.init.normal_(self.out_proj.weight, std=self.out_proj.in_features**-0.5)
         self.alpha.zero_()
+
+    @torch.no_grad()
+    def start_from(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, head_dim: int) -> None:
+        """Take projections from a pretrained attention, by `config.projection_init`; each keeps the norm of a random start.
+
+        "values": v from its value projection, the output projection from its own, summed over the query heads of a key/value head.
+        "attention": also k, and q as the mean of those query heads; with `qk_init` "tied" or "shifted" both are k's. "random": nothing.
+
+        Args:
+            q: [HQ*head_dim, d_model], the attention's query projection.
+            k, v: [HK*head_dim, d_model].
+            o: [d_model, HQ*head_dim].
+            head_dim: D. Where it is not the memory's d, a memory head reads d random directions of its head.
+        """
+        config, H, d = self.config, self.heads, self.config.head_dim
+        if config.projection_init == "random":
+            return
+        for name, weight in (("q", q), ("k", k), ("v", v)):
+            check_shape(name, weight, "rows d_model", {"d_model": self.d_model})
+        groups, width = k.shape[0] // head_dim, self.splits[0] // 3
+        rows = self.in_proj.weight[: self.splits[0]].split(width)
+        bases = draw_bases(H, d, head_dim)
+        rows[2].copy_(borrow(v.unflatten(0, (groups, head_dim)), H, d, bases))
+        # [d_model, HQ*D] -> [HK, D, d_model], summed over the query heads of a group; the columns of each head have norm 1 in the mean
+        out = o.float().T.reshape(groups, -1, head_dim, self.d_model).sum(1)
+        self.out_proj.weight.copy_(borrow(out, H, d, bases).T * (self.d_model / self.out_proj.in_features) ** 0.5)
+        if config.projection_init == "attention":
+            bases = draw_bases(H, d, head_dim)
+            rows[1].copy_(borrow(k.unflatten(0, (groups, head_dim)), H, d, bases))
+            rows[0].copy_(borrow(q.float().reshape(groups, -1, head_dim, self.d_model).mean(1), H, d, bases))
+            if config.qk_init != "independent":
+                rows[0].copy_(rows[1])
 
     def initial_state(self, batch: int, dtype: torch.dtype = torch.float32) -> MemoryBranchState:
         """The state of `batch` sequences that have not begun; `dtype` is that of the activations to come."""
@@ -223,6 +259,8 @@ class MemoryBranch(nn.Module):
         steps: bool,
     ) -> Tensor:
         """`forward` with arguments that are in order; `steps`: by the step forms."""
+        if state is None and (parameters := self._fused(x, attn)) is not None:
+            return self._run_fused(x, attn, cu_seqlens, overwrite_attn, parameters)
         inputs = self._read_input(x, state, cu_seqlens, active, steps)
         memory = self._remember(x.dtype, inputs, state, cu_seqlens, active, steps)
         if state is not None:
@@ -236,6 +274,39 @@ class MemoryBranch(nn.Module):
         if active is not None:
             out = torch.where(active[:, None, None], out, 0)
         return out if attn is None else gated_fusion(attn, out, self.alpha, impl=self.config.impl)
+
+    def _fused(self, x: Tensor, attn: Tensor | None) -> BranchParameters | None:
+        """The parameters, where the branch may run as one node of autograd (layers/branch.py)."""
+        config = self.config
+        if config.impl not in ("auto", "triton") or not x.numel() or (attn is not None and attn.dtype != x.dtype):
+            return None
+        parameters = BranchParameters(
+            self.in_proj.weight, self.head_bias, self.conv_weight, self.q_norm, self.k_norm,
+            self.w_gate, self.w_up, self.w_down, self.readout_norm, self.out_proj.weight, self.alpha,
+        )  # fmt: skip
+        given = [p for p in parameters if p is not None]
+        if not direct(x, *given) or any(p.dtype != torch.float32 or p.device != x.device for p in given):
+            return None
+        kernels = covers(config.head_dim, config.hidden) and resolve_impl("ttt_mlp", config.impl, x) == "triton"
+        return parameters if kernels and not torch.is_autocast_enabled(x.device.type) else None
+
+    def _run_fused(
+        self, x: Tensor, attn: Tensor | None, cu_seqlens: Tensor | None, overwrite_attn: bool, parameters: BranchParameters
+    ) -> Tensor:
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, x, name="x")
+        if attn is not None:
+            check_device("attn", attn, x.device, "x")
+        config, l2 = self.config, self.config.qk_norm in ("rms+l2", "l2")
+        inputs = InputOptions(self.heads, config.qk_activation == "silu", l2, config.norm_eps, config.l2_eps)
+        options = BranchOptions(inputs, MemoryOptions(**self._memory_options()), config.norm_eps, self.splits[3] > 0, self.writes)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, attn, *parameters)):
+            return branch(x, attn, cu_seqlens, parameters, options)
+        readout = branch_readout(x, cu_seqlens, parameters, options)
+        if attn is not None and overwrite_attn and self._folds(attn, readout):
+            return self._add_folded(attn, readout)
+        out = F.linear(readout, parameters.out_proj.to(x.dtype))
+        return out if attn is None else gated_fusion(attn, out, parameters.alpha, impl=config.impl)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, heads={self.heads}, head_dim={self.config.head_dim}, hidden={self.config.hidden}"
