@@ -38,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
     reads.add_argument(
         "--chunk", type=int, nargs="+", default=[256, 2048], metavar="TOKENS", help="of the memory; never drawn above the window"
     )
+    reads.add_argument(
+        "--draws", type=int, default=0, metavar="N", help="the steps share N draws, spread over the ranges (default: each has its own)"
+    )
     reads.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of AllMemConfig, values in JSON: hidden_dim=256")
 
     size = made.add_argument_group("size")
@@ -63,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--gradient-checkpointing", action="store_true", help="recompute each layer in backward")
     how.add_argument("--compile", action="store_true", help="fuse the frozen norms and MLPs by torch.compile")
+    how.add_argument("--cuda-graph", action="store_true", help="replay a CUDA graph for every draw, so that no step waits for Python")
     how.add_argument("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
     how.add_argument("--quiet", action="store_true", help="no progress bar")
     return made
@@ -102,7 +106,7 @@ def run(arguments: Sequence[str] | None = None) -> Any:
         checkpoint_layers(model)
     if options.compile:
         compile_blocks(model)
-    run = Distillation(model, recipe, accelerator=accelerator)
+    run = Distillation(model, recipe, accelerator=accelerator, cuda_graph=options.cuda_graph)
     main = accelerator.is_main_process
     progress = Progress(steps, processes, options.output / "tensorboard" if main else None, shown=main and not options.quiet)
     try:
@@ -141,6 +145,12 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("window", "sinks", "chunk"):
         if len(getattr(options, name)) > 2:
             raise Problem(f"--{name} takes one number or two; got {len(getattr(options, name))}")
+    if options.cuda_graph and not options.draws and any(len(set(x)) > 1 for x in (options.window, options.sinks, options.chunk)):
+        raise Problem("--cuda-graph needs --draws N where window, sinks or chunk are drawn: every draw is a graph of its own")
+    if options.cuda_graph and (options.cpu or not torch.cuda.is_available()):
+        raise Problem("--cuda-graph needs a GPU")
+    if options.cuda_graph and options.gradient_checkpointing:
+        raise Problem("--cuda-graph and --gradient-checkpointing exclude one another")
     if not options.data.is_file():
         raise Problem(f"--data {options.data} is not there")
     try:
@@ -206,6 +216,7 @@ def _recipe(options: argparse.Namespace, steps: int) -> Any:
         window=window,
         sinks=sinks,
         chunk_size=chunk,
+        distinct_draws=options.draws,
         seed=options.seed,
     )
 

@@ -40,6 +40,7 @@ def fine_tune(
     window: Range | None = None,
     sinks: Range | None = None,
     chunk_size_range: Range | None = None,
+    distinct_draws: int = 0,
     first_position: int = 0,
     chunk_size: int = CHUNK_SIZE,
     seed: int = 0,
@@ -56,10 +57,9 @@ def fine_tune(
         model: a model that `allmem_ops.hf.convert` changed. In training mode during the run.
         batches: yields `[B, T]` int64 token rows on the model's device, or `Batch(ids, mask)`, at least `steps` of them.
         steps, lr, warmup, decay, weight_decay, betas, grad_clip, first_position, seed, window, sinks: as in `Recipe`.
-        chunk_size_range: the memory's, as `Recipe.chunk_size`.
+        chunk_size_range, distinct_draws: the memory's chunk size and the number of draws, as `Recipe.chunk_size` and its namesake.
         chunk_size: tokens whose logits exist at a time, `Recipe.kl_chunk`.
-        cuda_graph: replay the student's forward and backward as one CUDA graph: batches of one shape without mask, and no change of
-            window, sinks or chunk size between steps. Default False.
+        cuda_graph: as in `Distillation`: batches of one shape, and `distinct_draws` or nothing to draw. Default False.
         on_step: called after every step, whose two numbers the host waits for.
 
     Returns:
@@ -79,6 +79,7 @@ def fine_tune(
         window=window,
         sinks=sinks,
         chunk_size=chunk_size_range,
+        distinct_draws=distinct_draws,
         first_position=first_position,
         kl_chunk=chunk_size,
         seed=seed,

@@ -184,6 +184,8 @@ class Distillation:
             fail("cuda_graph", "must be False with several processes", True)
         if device.type != "cuda":
             fail("cuda_graph", "must be False on a CPU", True)
+        if self.model.is_gradient_checkpointing:  # it asks for the state of the random numbers, which a capture does not give
+            fail("cuda_graph", "must be False with gradient checkpointing", True)
 
     def _backward(self, kl: Tensor, scale: Tensor | float) -> Tensor:
         loss = kl * scale

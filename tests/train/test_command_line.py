@@ -89,6 +89,12 @@ def test_a_run_out_of_time_stops_with_a_checkpoint_and_goes_on(place, whole, tmp
     assert main(arguments(place, tmp_path)) == 0 and len(log(tmp_path)) == 6
 
 
+def test_the_steps_share_a_few_draws(place, tmp_path):
+    assert main(arguments(place, tmp_path, "--draws", 2)) == 0
+    draws = [(line["window"], line["sinks"], line["chunk_size"]) for line in log(tmp_path)]
+    assert len(draws) == 6 and len(set(draws)) == 2 and all(draws.count(draw) == 3 for draw in draws)
+
+
 def test_response_tokens_alone(place, tmp_path):
     assert main(arguments(place, tmp_path / "all", data="answers.npz", steps=1)) == 0
     assert main(arguments(place, tmp_path / "response", "--loss", "response", data="answers.npz", steps=1)) == 0
@@ -112,7 +118,17 @@ def two_processes(script, options, **environment):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     command = [*launch, str(ROOT / "tests/train" / script), *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=300)
+    except BaseException:
+        process.terminate()  # torchrun then ends its processes, which are in sessions of their own, and after 30 s kills them
+        try:
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def test_two_processes_are_one_with_the_doubled_batch(place, whole):
@@ -159,6 +175,8 @@ def test_parameters_sharded_over_two_processes_break_off_and_go_on(place, whole)
         (["--warmup", "0.7", "--decay", "0.7"], "--warmup and --decay must be at most 1 together; got 1.4"),
         (["--window", "2", "20"], "`chunk_size` must start at most at the lowest window, 2; got 3"),
         (["--window", "1", "2", "3"], "--window takes one number or two; got 3"),
+        (["--cuda-graph"], "--cuda-graph needs --draws N where window, sinks or chunk are drawn"),
+        (["--cuda-graph", "--draws", "2"], "--cuda-graph needs a GPU"),
         (["--set", "heads"], "--set takes FIELD=VALUE"),
         (["--set", "gate=none", "norm=sideways"], "`norm` must be one of"),
         (["--output", "/proc/nowhere"], "--output /proc/nowhere can't be written"),
