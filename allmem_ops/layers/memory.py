@@ -12,18 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 from allmem_ops._impl import resolve_impl
 from allmem_ops._validation import check_bool, check_cu_seqlens, check_device, check_dtype, check_int, check_shape, fail
-from allmem_ops.layers.branch import BranchOptions, BranchParameters, branch, branch_readout
+from allmem_ops.layers.branch import BranchParameters, branch, branch_options, branch_readout, kernels_take
 from allmem_ops.layers.config import AllMemConfig
 from allmem_ops.layers.start import borrow, draw_bases, draw_taps
 from allmem_ops.layers.state_group import StateGroup
 from allmem_ops.ops.eager import direct
 from allmem_ops.ops.fusion.api import gated_fusion
 from allmem_ops.ops.memory_input.api import MemoryInput, memory_input, memory_input_step
-from allmem_ops.ops.memory_input.reference import Options as InputOptions
 from allmem_ops.ops.memory_input.state import ConvTail
 from allmem_ops.ops.ttt_mlp.api import ttt_mlp, ttt_mlp_step
-from allmem_ops.ops.ttt_mlp.reference import Options as MemoryOptions
-from allmem_ops.ops.ttt_mlp.slots import covers
 from allmem_ops.ops.ttt_mlp.state import MemoryState
 
 STEP_TOKENS = 256  # the longest segment that `ttt_mlp_step` and `memory_input_step` take
@@ -287,7 +284,7 @@ class MemoryBranch(nn.Module):
         given = [p for p in parameters if p is not None]
         if not direct(x, *given) or any(p.dtype != torch.float32 or p.device != x.device for p in given):
             return None
-        kernels = covers(config.head_dim, config.hidden) and resolve_impl("ttt_mlp", config.impl, x) == "triton"
+        kernels = kernels_take(config.head_dim, config.hidden) and resolve_impl("ttt_mlp", config.impl, x) == "triton"
         return parameters if kernels and not torch.is_autocast_enabled(x.device.type) else None
 
     def _run_fused(
@@ -298,8 +295,8 @@ class MemoryBranch(nn.Module):
         if attn is not None:
             check_device("attn", attn, x.device, "x")
         config, l2 = self.config, self.config.qk_norm in ("rms+l2", "l2")
-        inputs = InputOptions(self.heads, config.qk_activation == "silu", l2, config.norm_eps, config.l2_eps)
-        options = BranchOptions(inputs, MemoryOptions(**self._memory_options()), config.norm_eps, self.splits[3] > 0, self.writes)
+        inputs = self.heads, config.qk_activation == "silu", l2, config.norm_eps, config.l2_eps
+        options = branch_options(inputs, self._memory_options(), config.norm_eps, gated=self.splits[3] > 0, writes=self.writes)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, attn, *parameters)):
             return branch(x, attn, cu_seqlens, parameters, options)
         readout = branch_readout(x, cu_seqlens, parameters, options)

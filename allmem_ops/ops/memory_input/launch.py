@@ -126,14 +126,20 @@ def launch_step(x: Inputs, active: Tensor | None, options: Options) -> tuple[Ten
     return _forward(x, options, active, True)
 
 
-def launch_backward(gradients: Sequence[Tensor], x: Inputs, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of projected, conv_weight, head_bias, q_norm and k_norm (None where the argument is) from those of the outputs."""
+def launch_backward(
+    gradients: Sequence[Tensor], x: Inputs, o: Options, into: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of projected, conv_weight, head_bias, q_norm and k_norm (None where the argument is) from those of the outputs.
+
+    into: where that of `projected` goes, of its shape and dtype with columns side by side; None: into a tensor of its own.
+    """
     B, T = x.projected.shape[:2]
     device = x.projected.device
     channels, taps = x.conv_weight.shape
     W, columns = channels // (3 * o.heads), x.head_bias.shape[0]
     grads = dprojected, dtaps, dbias, dq_norm, dk_norm = tuple(
-        None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device) for t in x[:5]
+        None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device) if out is None else out
+        for t, out in zip(x[:5], (into, None, None, None, None), strict=True)
     )
     if B * T == 0:
         return tuple(None if g is None else g.zero_() for g in grads)
