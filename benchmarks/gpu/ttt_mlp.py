@@ -1,6 +1,13 @@
-"""Contests of `ttt_mlp` and `ttt_mlp_step`: the figures that the memory has to show."""
+"""Contests of `ttt_mlp` and `ttt_mlp_step`: the figures that the memory has to show.
+
+    python -m benchmarks.gpu.ttt_mlp        # compiles the loop that is the peer of two of them, into torch's cache
+
+Run before the contests it spares them the minutes that a peer compiles.
+"""
 
 import functools
+import multiprocessing
+import time
 
 import torch
 from torch import Tensor
@@ -138,3 +145,19 @@ AGAINST_A_LOOP = (
         peer=True,
     ),
 )  # fmt: skip
+
+
+def compile_peer(contest: Contest) -> None:
+    """Run every call of a contest once."""
+    torch.manual_seed(0)
+    for direction, calls in contest.build().items():
+        for name, call in calls.items():
+            start = time.monotonic()
+            call()
+            torch.cuda.synchronize()
+            print(f"{contest} | {direction} | {name} | first call {time.monotonic() - start:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(len(AGAINST_A_LOOP)) as pool:
+        pool.map(compile_peer, AGAINST_A_LOOP)
