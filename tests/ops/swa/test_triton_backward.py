@@ -350,6 +350,64 @@ def test_hopper_faults_are_found(fault, hopper):
         check(make(700, D=D, dtype=torch.float16), 100, 9, scale=D**-0.5)
 
 
+def keeps_bad_values_in_their_sequence(D, dtype, cuts, window, sinks):
+    """A NaN in everything of one sequence and an infinity in another's change no bit of the others' gradients."""
+    args = at(saved(make(cuts[-1], D=D, dtype=dtype), window, sinks, cu_seqlens=cuts, scale=D**-0.5), dtype)
+    clean = swa_triton_backward(*args)[:3]
+    own = torch.zeros(cuts[-1], dtype=torch.bool, device=DEVICE)
+    for i in (0, 1, 2, 3, 4, 7, 8):
+        args[i] = args[i].clone()
+        for n, bad in ((1, float("nan")), (3, float("inf"))):
+            own[cuts[n] : cuts[n + 1]] = True
+            args[i][:, cuts[n] : cuts[n + 1]] = bad
+    for got, want in zip(swa_triton_backward(*args)[:3], clean, strict=True):
+        assert torch.equal(got[:, ~own], want[:, ~own])
+        assert bool(got[:, own].isnan().any())
+
+
+def test_packed_keeps_an_infinity_or_nan_in_its_sequence():
+    keeps_bad_values_in_their_sequence(*reversed(HALF), [0, 40, 90, 97, 103, 140], 30, 5)
+
+
+@gpu
+@pytest.mark.parametrize("D", [64, 128])
+def test_long_packed_sequences_keep_an_infinity_or_nan(D):
+    keeps_bad_values_in_their_sequence(D, torch.bfloat16, [0, 70, 700, 707, 1300, 1364, 3000], 300, 5)
+
+
+EDGES = [0, 70, 110, 117, 150, 180]
+
+
+@cpu
+@pytest.mark.parametrize("D", [64, 128])
+def test_hopper_keeps_an_infinity_or_nan_in_its_sequence(D, hopper):
+    keeps_bad_values_in_their_sequence(D, torch.float16, EDGES, 50, 5)
+
+
+CLEARED = {
+    "queries": (64, "_clear(s_q.index(stage), left, D, 64)", "pass"),
+    "gradients of the output": (128, "_clear(s_do.index(stage), left, D, 64)", "pass"),
+    "keys": (128, "_clear(s_k.index(W), left, D, 64)", "pass"),
+    "values": (64, "_clear(s_v.index(W), left, D, 64)", "pass"),
+    "keys of dq, 64": (64, "_clear(s_half.index(2 * W + w), left, 32, 32)", "pass"),
+    "dq": (64, "b_dq = gl.where(", "gl.where("),
+}
+
+
+@cpu
+@pytest.mark.parametrize("fault", CLEARED.values(), ids=CLEARED.keys())
+def test_hopper_clears_all_that_it_must(fault, hopper):
+    D, before, after = fault
+
+    def edit(source):
+        assert source.count(before) == 1
+        return source.replace(before, after)
+
+    hopper(edit)
+    with pytest.raises(AssertionError):
+        keeps_bad_values_in_their_sequence(D, torch.float16, EDGES, 50, 5)
+
+
 @gpu
 @pytest.mark.parametrize("form", [(torch.float16, 64), (torch.bfloat16, 128)], ids=str)
 def test_long_sequences(form):

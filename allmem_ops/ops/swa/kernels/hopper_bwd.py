@@ -171,6 +171,21 @@ def _step(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def _clear(s_x, left, COLUMNS: gl.constexpr, WIDTH: gl.constexpr):
+    """Zero the rows of a tile from `left` on, which are another sequence's: its p and dS are 0, but 0 * NaN is not.
+
+    A period of the swizzle, eight rows of a panel of WIDTH columns, at a time. Both warpgroups clear what both read, each before it reads.
+    """
+    LINES: gl.constexpr = gl.BlockedLayout([1, WIDTH // 16], [2, 16], [4, 1], [1, 0])
+    pieces = view(s_x, s_x.dtype, [COLUMNS // WIDTH * ROWS // 8, 8, WIDTH], s_x.layout)
+    o_r = gl.arange(0, 8, gl.SliceLayout(1, LINES))
+    for n in range(gl.maximum(left, 0) // 8, ROWS // 8):
+        for w in gl.static_range(COLUMNS // WIDTH):
+            piece = pieces.index(w * (ROWS // 8) + n)
+            piece.store(gl.where((n * 8 + o_r < left)[:, None], piece.load(LINES), 0.0).to(s_x.dtype))
+
+
+@gluon.jit
 def _load_warp(x, buffers, barriers, place, G, D: gl.constexpr, STAGES: gl.constexpr):
     q, k, v, do, rows, _acc, _dk, _dv, k_half = x
     s_q, s_do, s_k, s_v, s_rows, _s_ds, _s_dq, s_half = buffers
@@ -179,9 +194,10 @@ def _load_warp(x, buffers, barriers, place, G, D: gl.constexpr, STAGES: gl.const
     QUERY_BYTES: gl.constexpr = ROWS * D * 2 + ROWS * 4
     KEY_BYTES: gl.constexpr = KEYS * D * 2
     VALUE_BYTES: gl.constexpr = KEYS * 256  # of V, and at D = 64 of K once more
-    mbarrier.expect(k_full, KEY_BYTES)
-    for w in gl.static_range(2):
-        tma_load(k, [i_b, begin + j0 + w * ROWS, i_h, 0], k_full, view(s_k.index(w), k.dtype, [1, ROWS, 1, D], k.layout))
+    if count > 0:
+        mbarrier.expect(k_full, KEY_BYTES)
+        for w in gl.static_range(2):
+            tma_load(k, [i_b, begin + j0 + w * ROWS, i_h, 0], k_full, view(s_k.index(w), k.dtype, [1, ROWS, 1, D], k.layout))
     i_x, i_y = -1 + 0 * last, 0 * last
     stage, phase = 0 * last, 1 + 0 * last
     for t in range(count):
@@ -311,10 +327,18 @@ def _put_sums(
 
 
 @gluon.jit
-def _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES: gl.constexpr, W: gl.constexpr):
+def _scores(
+    s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, left, QUERIES: gl.constexpr, W: gl.constexpr, D: gl.constexpr,
+    PACKED: gl.constexpr,
+):  # fmt: skip
     """S^T - lse / scale and dP^T - delta of a tile, in flight. As what the products start from, lse and delta keep no registers."""
     mbarrier.wait(q_full.index(stage), phase)
     mbarrier.wait(do_full.index(stage), phase)
+    if PACKED:
+        if left < ROWS:
+            _clear(s_q.index(stage), left, D, 64)
+            _clear(s_do.index(stage), left, D, 64)
+            fence_async_shared()
     b_s = s_rows.index(2 * stage).load(QUERIES)[None, :] - none
     b_dp = s_rows.index(2 * stage + 1).load(QUERIES)[None, :] - none
     # [64, D] @ [D, 64] -> [64, 64]
@@ -322,6 +346,28 @@ def _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QU
     # [64, D] @ [D, 64] -> [64, 64]
     b_dp = warpgroup_mma(s_v.index(W), s_do.index(stage).permute((1, 0)), b_dp, is_async=True)
     return b_s, b_dp
+
+
+@gluon.jit
+def _clear_keys(s_k, s_v, s_half, left, count, D: gl.constexpr, W: gl.constexpr):
+    """Zero another sequence's values, and its keys that dq is made of: the other warpgroup reads these after a dS of this one."""
+    if (left < ROWS) & (count > 0):
+        _clear(s_v.index(W), left, D, 64)
+        if D == 64:
+            for w in gl.static_range(2):
+                _clear(s_half.index(2 * W + w), left, 32, 32)
+        else:
+            _clear(s_k.index(W), left, D, 64)
+        fence_async_shared()
+
+
+@gluon.jit
+def _cut(b_dq, left, LAYOUT: gl.constexpr, PACKED: gl.constexpr):
+    """Zeros for the queries of another sequence: 0 * NaN is NaN there too."""
+    if PACKED:
+        if left < ROWS:
+            b_dq = gl.where((gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) < left)[:, None], b_dq, 0.0)
+    return b_dq
 
 
 @gluon.jit
@@ -361,9 +407,10 @@ def _warpgroup_128(
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
     SINKS: gl.constexpr,
+    PACKED: gl.constexpr,
 ):
     """64 keys of head dim 128: their dk and dv, and one half of dq's columns. The last product runs while dq is on its way."""
-    s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq, _s_half = buffers
+    s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq, s_half = buffers
     k_full, v_full, q_full, q_free, do_full, do_free, ds_full, dq_full, dq_free = barriers
     _i_b, _i_h, _i_n, j0, inner, last, count, _begin, _r0, in_turn = place
     start, Tk = masks[2], masks[3]
@@ -381,8 +428,10 @@ def _warpgroup_128(
     b_dk = gl.zeros([ROWS, 128], gl.float32, SUMS)
     b_dv = gl.zeros([ROWS, 128], gl.float32, SUMS)
     none = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
-    mbarrier.wait(k_full, 0)
+    mbarrier.wait(k_full, 0, pred=count > 0)
     mbarrier.wait(v_full, 0, pred=count > 0)
+    if PACKED:
+        _clear_keys(s_k, s_v, s_half, Tk - j0 - W * ROWS, count, 128, W)
     i_x, i_y = -1 + 0 * last, 0 * last
     stage, phase = 0 * last, 0 * last
     slot, ring = 0 * last, 0 * last
@@ -390,7 +439,8 @@ def _warpgroup_128(
     for _ in range(count):
         i_x, i_y = _next(i_x, i_y, inner)
         i_m, _ = _tile(i_x, i_y, last, in_turn)
-        b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES, W)
+        left = Tk - i_m * ROWS
+        b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, left, QUERIES, W, 128, PACKED)
         b_p, b_ds = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 0, SINKS)
         b_p = gl.convert_layout(b_p, LEFT, assert_trivial=True)
         # Two slots in turn: whoever writes here has seen the other warpgroup's dS of the last tile, so its dq of the one before is done.
@@ -410,7 +460,7 @@ def _warpgroup_128(
         mbarrier.wait(dq_free.index(out * 2 + W), passed)
         b_dq, b_dv, b_p = warpgroup_mma_wait(1, deps=(b_dq, b_dv, b_p))
         mbarrier.arrive(do_free.index(stage), count=1)
-        s_dq.index(out * 2 + W).store(b_dq)
+        s_dq.index(out * 2 + W).store(_cut(b_dq, left, SCORES, PACKED))
         fence_async_shared()
         mbarrier.arrive(dq_full.index(out * 2 + W), count=1)
         b_dk, b_ds = warpgroup_mma_wait(0, deps=(b_dk, b_ds))
@@ -439,8 +489,9 @@ def _sums_64(b_p, b_ds, b_dv, b_dk, s_q, s_do, s_ds, s_half, ds_full, stage, slo
 
 @gluon.jit
 def _warpgroup_64(
-    x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, W: gl.constexpr, STAGES: gl.constexpr, SINKS: gl.constexpr
-):
+    x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, W: gl.constexpr, STAGES: gl.constexpr, SINKS: gl.constexpr,
+    PACKED: gl.constexpr,
+):  # fmt: skip
     """The same for head dim 64, where registers are left for a tile's sums to run under the next tile's exponentials."""
     s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq, s_half = buffers
     k_full, v_full, q_full, q_free, do_full, do_free, ds_full, dq_full, dq_free = barriers
@@ -457,14 +508,18 @@ def _warpgroup_64(
     b_dk = gl.zeros([ROWS, 64], gl.float32, SUMS)
     b_dv = gl.zeros([ROWS, 64], gl.float32, SUMS)
     none = gl.zeros([ROWS, ROWS], gl.float32, SUMS)
-    mbarrier.wait(k_full, 0)
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
     if count > 0:
+        mbarrier.wait(k_full, 0)
         mbarrier.wait(v_full, 0)
+        if PACKED:
+            _clear_keys(s_k, s_v, s_half, Tk - j0 - W * ROWS, count, 64, W)
         i_x, i_y = 0 * last, 0 * last
         stage, phase = 0 * last, 0 * last
         slot, ring = 0 * last, 0 * last
         i_m, _ = _tile(i_x, i_y, last, in_turn)
-        b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES, W)
+        left = Tk - i_m * ROWS
+        b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, left, QUERIES, W, 64, PACKED)
         b_p, b_ds = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 0, SINKS)
         s_ds.index(W).store(b_ds)
         fence_async_shared()
@@ -474,16 +529,16 @@ def _warpgroup_64(
         for _ in range(1, count):
             i_x, i_y = _next(i_x, i_y, inner)
             i_m, _ = _tile(i_x, i_y, last, in_turn)
-            before = stage
+            before, left_before, left = stage, left, Tk - i_m * ROWS
             stage, phase = _step(stage, phase, STAGES)
-            b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES, W)
+            b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, left, QUERIES, W, 64, PACKED)
             b_dv, b_dk, b_dq = _sums_64(b_p, b_ds, b_dv, b_dk, s_q, s_do, s_ds, s_half, ds_full, before, slot, ring, W)
             b_p1, b_ds1 = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 4, SINKS)
             mbarrier.wait(dq_free.index(slot * 2 + W), ring ^ 1)
             b_dq, b_dv, b_dk, b_p, b_ds = warpgroup_mma_wait(0, deps=(b_dq, b_dv, b_dk, b_p, b_ds))
             mbarrier.arrive(do_free.index(before), count=1)
             mbarrier.arrive(q_free.index(before), count=1)
-            s_dq.index(slot * 2 + W).store(b_dq)
+            s_dq.index(slot * 2 + W).store(_cut(b_dq, left_before, PART, PACKED))
             before = slot
             slot, ring = _step(slot, ring, 2)
             # Whoever writes here has seen the other warpgroup's dS of the last tile, so its dq of the one before is done.
@@ -496,7 +551,7 @@ def _warpgroup_64(
         b_dv, b_dk, b_dq = _sums_64(b_p, b_ds, b_dv, b_dk, s_q, s_do, s_ds, s_half, ds_full, stage, slot, ring, W)
         mbarrier.wait(dq_free.index(slot * 2 + W), ring ^ 1)
         b_dq, b_dv, b_dk, b_p, b_ds = warpgroup_mma_wait(0, deps=(b_dq, b_dv, b_dk, b_p, b_ds))
-        s_dq.index(slot * 2 + W).store(b_dq)
+        s_dq.index(slot * 2 + W).store(_cut(b_dq, left, PART, PACKED))
         fence_async_shared()
         mbarrier.arrive(dq_full.index(slot * 2 + W), count=1)
     _put_sums(x, outputs, s_v.index(W), place, Tk, parts, scale, b_dk, b_dv, 64, W, SUMS, SINKS)
@@ -649,6 +704,7 @@ def swa_bwd_hopper_kernel(
     splits = gl.where((j0 < Tk) & (far_end > 0), splits, 0)
 
     dtype: gl.constexpr = q.dtype
+    PACKED: gl.constexpr = cu_seqlens is not None
     HALF: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -695,8 +751,8 @@ def swa_bwd_hopper_kernel(
     if D == 128:
         gl.warp_specialize(
             [
-                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 0, STAGES, SLOTS, SINKS)),
-                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 1, STAGES, SLOTS, SINKS)),
+                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 0, STAGES, SLOTS, SINKS, PACKED)),
+                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 1, STAGES, SLOTS, SINKS, PACKED)),
                 (_load_warp, (x, buffers, barriers, place, G, D, STAGES)),
                 (_add_warp, (x, buffers, barriers, place, turn, start, window, seen_far, tiles, whole, HQ, G, D, SLOTS, SINKS)),
             ],
@@ -706,8 +762,8 @@ def swa_bwd_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 0, STAGES, SINKS)),
-                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 1, STAGES, SINKS)),
+                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 0, STAGES, SINKS, PACKED)),
+                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 1, STAGES, SINKS, PACKED)),
                 (_load_warp, (x, buffers, barriers, place, G, D, STAGES)),
                 (_add_warp, (x, buffers, barriers, place, turn, start, window, seen_far, tiles, whole, HQ, G, D, SLOTS, SINKS)),
             ],
