@@ -1,5 +1,7 @@
 """Launches of the decode step's kernels."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ def linear(
     also: tuple[Tensor, Tensor] | None = None,
     into: Tensor | None = None,
     early: bool = True,
+    ahead: Sequence[Tensor] = (),
 ) -> Tensor:
     """form(x) @ weight.T + bias + also[0] @ also[1].T for a few rows.
 
@@ -41,6 +44,7 @@ def linear(
         also: a second input [B, K2] and weight [N, K2].
         into: [B, N], which the result is added to, in place.
         early: start while the kernel before drains (PDL), where there is one kernel before.
+        ahead: up to three contiguous tensors that later kernels read: on Hopper and newer GPUs, the L2 cache begins to read them now.
 
     Returns:
         [B, N]: `into`, or a new tensor.
@@ -53,9 +57,12 @@ def linear(
     BN, warps = _tile(BK)
     form = NORM if norm is not None else GATED if gated else PLAIN
     norm_weight, eps = (None, 0.0) if norm is None else norm
+    fetched = [*ahead, None, None, None][:3] if gpu_class(x.device) != "sm80" else [None] * 3
+    lines = [0 if t is None else t.numel() * t.element_size() // 256 for t in fetched]
     step_linear_kernel[-(-N // BN),](
-        x, weight, norm_weight, bias, x2, w2, out, B, N, K, K2, x.stride(0), 0 if x2 is None else x2.stride(0), out.stride(0), eps,
-        BN=BN, BK=BK, BK2=BK2, FORM=form.value, ADD=into is not None, num_warps=warps, **_early(x.device, early),
+        x, weight, norm_weight, bias, x2, w2, out, *fetched, B, N, K, K2, x.stride(0), 0 if x2 is None else x2.stride(0), out.stride(0),
+        *lines, eps, BN=BN, BK=BK, BK2=BK2, FORM=form.value, ADD=into is not None, num_warps=warps, LANES=32 * warps,
+        **_early(x.device, early),
     )  # fmt: skip
     return out
 

@@ -33,14 +33,33 @@ def _input(x, norm, o_k, K, eps, FORM: tl.constexpr):
     return tl.cast(b_x, tl.float32)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit
+def _fetch(p, lines, LANES: tl.constexpr):
+    """Have the L2 cache read this program's share of `lines` times 256 bytes at `p`; nothing waits for it."""
+    share = tl.cdiv(lines, tl.num_programs(0))
+    start = tl.program_id(0) * share
+    stop = tl.minimum(start + share, lines)
+    base = tl.cast(p, tl.int64)
+    for i in range(start, stop, LANES):
+        o = i + tl.arange(0, LANES)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0; }",
+            "=r,l,r",
+            [base + tl.cast(o, tl.int64) * 256, tl.cast(o < stop, tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit(do_not_specialize=["B", "lines_a", "lines_b", "lines_c"])
 def step_linear_kernel(
-    x, w, norm, bias, x2, w2, out, B, N, K, K2, stride_x, stride_x2, stride_out, eps,
-    BN: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, FORM: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+    x, w, norm, bias, x2, w2, out, next_a, next_b, next_c, B, N, K, K2, stride_x, stride_x2, stride_out, lines_a, lines_b, lines_c, eps,
+    BN: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, FORM: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """out [B, N] = form(x) @ w.T + bias + x2 @ w2.T, ADD: added to what `out` holds. Grid (cdiv(N, BN),).
 
-    x: [B, K], GATED [B, 2 K]: silu(first half) * second. w [N, K], w2 [N, K2].
+    x: [B, K], GATED [B, 2 K]: silu(first half) * second. w [N, K], w2 [N, K2]. next_*: what later kernels read, lines_* times 256 bytes.
     """
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_k = tl.arange(0, BK)
@@ -48,6 +67,12 @@ def step_linear_kernel(
     if w2 is not None:
         o_k2 = tl.arange(0, BK2)
         b_w2 = _tile(w2, o_n, o_k2, N, K2)
+    if next_a is not None:
+        _fetch(next_a, lines_a, LANES)
+    if next_b is not None:
+        _fetch(next_b, lines_b, LANES)
+    if next_c is not None:
+        _fetch(next_c, lines_c, LANES)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
