@@ -46,6 +46,7 @@ def memory(batch: int) -> None:
 def branch(batch: int) -> None:
     """All of the path around the memory, the memory itself left to its own process."""
     memory_layer.ttt_mlp = lambda q, *_, **__: (q, None)
+    memory_layer.kernels_take = lambda *_: False  # operator by operator
     layer = MemoryBranch(D_MODEL, AllMemConfig(heads=HEADS_KV, head_dim=HEAD_DIM), device="cuda")
     x, attn = random(batch, T, D_MODEL), random(batch, T, D_MODEL)
     y = layer(x, attn)
