@@ -118,6 +118,7 @@ def build(base: Any, options: argparse.Namespace) -> Any:
         use_linear_memory(model)
     if options.memory == "exact":
         memory_layer.ttt_mlp = exact_memory
+        memory_layer.MemoryBranch._fused = lambda *_: None
     if options.fixed_start:
         for name, p in memory_parameters(model).items():
             p.requires_grad_(name.rpartition(".")[2] not in ("w_gate", "w_up", "w_down"))
