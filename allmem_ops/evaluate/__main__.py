@@ -236,26 +236,35 @@ def convert_model(model: Any, options: argparse.Namespace) -> None:
 
 def make_arms(model: Any, options: argparse.Namespace) -> list[Any]:
     """The arms that were asked for; where there are several checkpoints of a kind, one each."""
-    from allmem_ops.evaluation.arms import ADAPTER, ALLMEM, ARMS, NTK, checkpoint_arm, linear_arm, ntk_arm
+    from allmem_ops.evaluation.arms import ARMS, LINEAR, NTK, checkpoint_arm, linear_arm, ntk_arm
     from allmem_ops.evaluation.linear import load_linear
     from allmem_ops.hf.checkpoint import read_memory
 
     arms = []
     for key in options.arms:
+        folders = checkpoints(options, key)
         if key == NTK:
-            arms.append(ntk_arm(options.ntk_factor))
-            continue
-        folders = {ALLMEM: options.memory, ADAPTER: options.adapter, "linear": options.linear}.get(key, [])
-        if len(folders) < 2 and key in ARMS:
-            arms.append(ARMS[key])
-            continue
-        for folder in folders:
-            if key == "linear":
-                arm = linear_arm(load_linear(model, folder))
-            else:  # on the model's device: an arm is entered once a pass
-                arm = checkpoint_arm(key, {name: t.to(model.device) for name, t in read_memory(model, folder).items()})
-            arms.append(arm.named(_name(folder)) if len(folders) > 1 else arm)
+            found = [ntk_arm(options.ntk_factor)]
+        elif key in ARMS and len(folders) < 2:
+            found = [ARMS[key]]
+        elif key == LINEAR:
+            found = [linear_arm(load_linear(model, folder)) for folder in folders]
+        else:  # on the model's device: an arm is entered once a pass
+            parameters = [read_memory(model, folder) for folder in folders]
+            found = [checkpoint_arm(key, {name: t.to(model.device) for name, t in each.items()}) for each in parameters]
+        arms += [arm if name == key else arm.named(name.partition("#")[2]) for arm, name in zip(found, arm_keys(options, key), strict=True)]
     return arms
+
+
+def checkpoints(options: argparse.Namespace, key: str) -> list[Path]:
+    """The folders that an arm's memories are read from."""
+    return {"allmem": options.memory, "adapter": options.adapter, "linear": options.linear}.get(key, [])
+
+
+def arm_keys(options: argparse.Namespace, key: str) -> list[str]:
+    """An arm's names in results: its own, or one for each of several checkpoints."""
+    folders = checkpoints(options, key)
+    return [f"{key}#{_name(folder)}" for folder in folders] if len(folders) > 1 else [key]
 
 
 def _name(folder: Path) -> str:

@@ -7,6 +7,7 @@ would have said. Its negative log-likelihood tells apart what accuracy cannot.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def make_needles(
             fail("depths", "must be below 1", depth)
     draw = random.Random(f"{seed} {kind} {length}")
     encode = lambda text: list(tokenizer(text).input_ids)  # noqa: E731
-    filler = _Filler(encode, haystack if kind == "multikey" else "", length)
+    filler = _Filler(encode, _encoded(tokenizer, haystack) if kind == "multikey" and haystack else (), length)
     rows, spans = [], []
     for depth in depths:
         for _ in range(repeats):
@@ -103,15 +104,20 @@ def make_needles(
     return Needles(kind, length, torch.tensor(rows), answer, tuple(d for d in depths for _ in range(repeats)), tuple(spans))
 
 
-class _Filler:
-    """Text to hide numbers in: a haystack, which is cut anywhere, or sentences that repeat."""
+@lru_cache(maxsize=1)
+def _encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """A haystack's tokens: a second for a megabyte, and every length and arm asks for the same one."""
+    return tuple(tokenizer(text).input_ids)
 
-    def __init__(self, encode: Callable[[str], list[int]], haystack: str, length: int) -> None:
+
+class _Filler:
+    """Text to hide numbers in: a haystack's tokens, which are cut anywhere, or sentences that repeat."""
+
+    def __init__(self, encode: Callable[[str], list[int]], haystack: Sequence[int], length: int) -> None:
         if haystack:
-            ids = encode(haystack)
-            if len(ids) < length:
-                fail("haystack", f"must have at least length={length} tokens", len(ids))
-            self.pieces = [ids[i : i + PIECE] for i in range(0, len(ids), PIECE)]
+            if len(haystack) < length:
+                fail("haystack", f"must have at least length={length} tokens", len(haystack))
+            self.pieces = [list(haystack[i : i + PIECE]) for i in range(0, len(haystack), PIECE)]
         else:
             self.pieces = [encode(f" {sentence.strip()}.") for sentence in FILLER.split(".") if sentence.strip()]
         self.repeats = not haystack

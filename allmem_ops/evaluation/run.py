@@ -1,5 +1,6 @@
 """The whole evaluation of one converted model: every part under every arm, as plain values for a JSON file."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from allmem_ops._validation import check_choice, check_int, fail
-from allmem_ops.evaluation.arms import FULL, WINDOW, Arm
+from allmem_ops.evaluation.arms import FULL, LABELS, WINDOW, Arm
 from allmem_ops.evaluation.needles import DEPTHS, KINDS, make_needles, score_needles
 from allmem_ops.evaluation.scoring import SEGMENT, row_scores, teacher_hidden, text_losses
 from allmem_ops.evaluation.speed import measure_speed
@@ -136,7 +137,67 @@ def run(
         context = _Context(model, list(arms), tokenizer, texts, plan, device, progress, clock)
         found[name] = parts[name](context)
         found["seconds"][name] = clock.seconds
+        compare(found)
         on_part(found)
+    return found
+
+
+def compare(found: dict[str, Any]) -> None:
+    """Set what follows from several arms: recovery where full attention and the window are there, short text against full attention."""
+    for part in (found.get("rows") or {}).values():
+        means = {key: arm["beyond"] for key, arm in part["arms"].items()}
+        if FULL not in means or WINDOW not in means:
+            continue
+        for key, arm in part["arms"].items():
+            if key not in (FULL, WINDOW):
+                arm["recovery"] = {
+                    what: recovery(
+                        *(torch.tensor(means[k][f"{what}_by_row"], dtype=torch.float64) for k in (WINDOW, key, FULL)),
+                        seed=found["plan"]["seed"],
+                    )
+                    for what in ("loss", "kl")
+                }
+    short = (found.get("short") or {}).get("arms", {})
+    for scores in short.values():
+        if FULL in short:
+            scores["against_full"] = scores["perplexity"] / short[FULL]["perplexity"] - 1
+
+
+def merge(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several `run`s of the same plan, each with some of its arms and parts, in whatever order and on whatever machine.
+
+    Args:
+        pieces: their results; of two with the same part and arm the later one counts.
+
+    Raises:
+        ValueError: plans that differ in more than their parts.
+    """
+    plans = [{name: value for name, value in piece["plan"].items() if name != "parts"} for piece in pieces]
+    if any(plan != plans[0] for plan in plans):
+        fail("pieces", "must be of one plan", next(plan for plan in plans if plan != plans[0]))
+    kinds = list(LABELS)
+    labels = {key: label for piece in pieces for key, label in piece["labels"].items()}
+    labels = dict(sorted(labels.items(), key=lambda item: (kinds.index(item[0].partition("#")[0]), item[0])))
+    done = [part for part in PARTS if any(part in piece for piece in pieces)]
+    found: dict[str, Any] = {"plan": {**plans[0], "parts": done}, "labels": labels, "seconds": {}}
+    needles: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for piece in copy.deepcopy(list(pieces)):
+        for part, seconds in piece["seconds"].items():
+            own = found["seconds"].setdefault(part, {})
+            for key, value in seconds.items():
+                own[key] = round(own.get(key, 0.0) + value, 3)
+        texts = [(found.setdefault("rows", {}), name, part) for name, part in (piece.get("rows") or {}).items()]
+        texts += [(found, name, piece[name]) for name in ("long", "short") if piece.get(name)]
+        for target, name, part in texts:
+            target.setdefault(name, {**part, "arms": {}})["arms"].update(part["arms"])
+        needles |= {(entry["kind"], entry["length"], entry["arm"]): entry for entry in piece.get("needles") or ()}
+        found.setdefault("speed", {}).update(piece.get("speed") or {})
+    for part in [*found.get("rows", {}).values(), *(found[name] for name in ("long", "short") if name in found)]:
+        part["arms"] = {key: part["arms"][key] for key in labels if key in part["arms"]}
+    found["needles"] = [needles[key] for key in sorted(needles, key=lambda key: (KINDS.index(key[0]), key[1], list(labels).index(key[2])))]
+    found["speed"] = {key: found["speed"][key] for key in labels if key in found["speed"]}
+    found = {name: value for name, value in found.items() if name not in PARTS or name in done}
+    compare(found)
     return found
 
 
@@ -187,19 +248,13 @@ def _text_rows(c: _Context, name: str, rows: torch.Tensor) -> dict[str, Any]:
     with c.progress(f"teacher, {name}", passes) as advance:
         teacher = teacher_hidden(c.model, rows, rows_per_pass=per_pass, on_pass=partial(advance, 1))
     c.clock.lap("teacher")
-    by_arm, beyond = {}, {}
+    by_arm = {}
     for arm in c.arms_for(length):
         with c.progress(f"{arm.label}, {name}", passes) as advance:
             loss, kl = row_scores(c.model, arm, rows, teacher, chunk_size=2048, rows_per_pass=per_pass, on_pass=partial(advance, 1))
         by_arm[arm.key] = {"loss": _by_bucket(loss, c.plan.window), "kl": _by_bucket(kl, c.plan.window)}
-        beyond[arm.key] = (loss[:, c.plan.window :].double().mean(1), kl[:, c.plan.window :].double().mean(1))
-        by_arm[arm.key]["beyond"] = _summary(*beyond[arm.key])
+        by_arm[arm.key]["beyond"] = _summary(*(x[:, c.plan.window :].double().mean(1) for x in (loss, kl)))
         c.clock.lap(arm.key)
-    if FULL in beyond and WINDOW in beyond:
-        for key in by_arm:
-            if key not in (FULL, WINDOW):
-                triples = zip(("loss", "kl"), beyond[WINDOW], beyond[key], beyond[FULL], strict=True)
-                by_arm[key]["recovery"] = {what: recovery(w, a, f, seed=c.plan.seed) for what, w, a, f in triples}
     return {"rows": len(rows), "length": length, "arms": by_arm}
 
 
@@ -240,9 +295,6 @@ def _short(c: _Context) -> dict[str, Any]:
         loss = losses.double().mean().item()
         by_arm[arm.key] = {"loss": loss, "perplexity": math.exp(loss)}
         c.clock.lap(arm.key)
-    if FULL in by_arm:
-        for scores in by_arm.values():
-            scores["against_full"] = scores["perplexity"] / by_arm[FULL]["perplexity"] - 1
     return {"rows": len(rows), "length": length, "arms": by_arm}
 
 

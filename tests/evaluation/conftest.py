@@ -4,8 +4,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from allmem_ops.hf import convert
-from tests.hf.tiny import VOCAB, awaken, tiny_config, tiny_model
+from allmem_ops.evaluate import texts as texts_file
+from allmem_ops.evaluation.linear import use_linear_memory
+from allmem_ops.evaluation.run import Texts
+from allmem_ops.hf import convert, save_memory
+from tests.hf.tiny import VOCAB, awaken, tiny_config, tiny_model, tokens
+
+MODEL = {"vocab_size": 257, "max_position_embeddings": 128}
 
 
 class Bytes:
@@ -41,3 +46,20 @@ def live():
 @pytest.fixture
 def tokenizer():
     return Bytes()
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A model with its tokenizer, memories of two seeds, an adapter, a linear memory and a file of texts."""
+    root = tmp_path_factory.mktemp("evaluate")
+    tiny_model(**MODEL).save_pretrained(root / "model")
+    letters_tokenizer().save_pretrained(root / "model")
+    for name, scale in (("run-seed0", 1.0), ("run-seed1", 0.5), ("adapter", 0.7)):
+        model = awaken(convert(tiny_model(**MODEL), tiny_config(window=20)))
+        for layer in model.model.layers:
+            layer.self_attn.memory.alpha.data *= scale
+        save_memory(model, root / name / "memory")
+    save_memory(awaken(use_linear_memory(convert(tiny_model(**MODEL), tiny_config()))), root / "linear")
+    texts = Texts({"a text": tokens(2, 60)}, tokens(1, 200, 1), tokens(3, 10, 2), "some text\n" * 100)
+    texts_file.save(texts, root / "texts.npz")
+    return root
