@@ -216,6 +216,8 @@ def read_stream(model: Any, ids: Tensor, segment: int) -> dict[str, Any]:
     def mark(tokens: int) -> None:
         synchronize()
         marks.append((tokens, time.perf_counter(), torch.cuda.max_memory_allocated() if cuda else 0))
+        if 10 * tokens // ids.shape[1] > 10 * marks[len(marks) - 2][0] // ids.shape[1]:
+            print(f"{tokens} tokens, {tokens / (marks[-1][1] - marks[0][1]):.0f} a second, peak {marks[-1][2]} bytes", flush=True)
 
     mark(0)
     decoder.read(ids, segment=segment, on_segment=mark)
@@ -261,17 +263,23 @@ def judge_stream(stream: Stream, found: dict[str, Any], card: str) -> list[dict[
     ]
 
 
-def greedy_against_one_pass(model: Any, ids: Tensor, count: int) -> dict[str, Any]:
-    """Greedy tokens of the graph against one forward pass over text and tokens: where the likeliest token is another, and by how much."""
+def greedy_against_one_pass(model: Any, ids: Tensor, count: int, eager_seconds: float = 30.0) -> dict[str, Any]:
+    """Greedy tokens of the graph against one forward pass over text and tokens: where the likeliest token is another, and by how much;
+    and against the model's own forward, uncaptured, for as many tokens as it writes in `eager_seconds`."""
     decoder = Decoder(model, eos_token_id=())
     decoder.read(ids)
     tokens = decoder.generate(count)
+    print(f"graph: {tokens.shape[1]} tokens", flush=True)
     with torch.no_grad():
         hidden = model.base_model(torch.cat([ids, tokens], 1), use_cache=False).last_hidden_state[:, ids.shape[1] - 1 : -1]
         logits = torch.cat([model.get_output_embeddings()(part).float() for part in hidden.split(256, 1)], 1)
     chosen = logits.gather(-1, tokens[..., None])[..., 0]
     behind = logits.amax(-1) - chosen  # 0 where the pass takes the same token
     other = (behind > 0).nonzero()[:, 1]
+    print(f"one pass: {len(other)} tokens are not its likeliest", flush=True)
+    eager = _eager_tokens(model, ids, count, eager_seconds)
+    apart = (eager != tokens[:, : eager.shape[1]]).nonzero()[:, 1]
+    at = int(apart[0]) if len(apart) else None
     return {
         "dtype": str(model.dtype),
         "tokens": count,
@@ -280,4 +288,22 @@ def greedy_against_one_pass(model: Any, ids: Tensor, count: int) -> dict[str, An
         "largest_gap": float(behind.max()),
         "logits_rms": float(logits.square().mean().sqrt()),
         "distinct_tokens": len(tokens.unique()),
+        "eager_tokens": eager.shape[1],
+        "eager_first_difference": at,
+        # up to there both have read the same: how far their two tokens are apart in the pass
+        "eager_gap": 0.0 if at is None else abs(float(logits[0, at, eager[0, at]] - chosen[0, at])),
     }
+
+
+def _eager_tokens(model: Any, ids: Tensor, count: int, seconds: float) -> Tensor:
+    """[1, n] greedy tokens of the model's own forward: `count`, or as many as it has written after `seconds`."""
+    decoder = Decoder(model, eos_token_id=(), graph=False, packed=False)
+    decoder.read(ids)
+    blocks, start = [], time.monotonic()
+    for block in decoder.stream(count):
+        blocks.append(block)
+        if len(blocks) % 32 == 0:
+            print(f"eager: {8 * len(blocks)} tokens, {time.monotonic() - start:.1f} s", flush=True)
+        if time.monotonic() - start > seconds:
+            break
+    return torch.cat(blocks, 1)

@@ -56,12 +56,14 @@ def stream_table(content: dict[str, Any]) -> str:
 def equality_table(content: dict[str, Any]) -> str:
     """A line a dtype: where the graph's greedy tokens leave those of one pass."""
     rows = [
-        "| dtype | greedy tokens | first that is not the pass's likeliest | such tokens | largest gap between the logits, over their rms |"
+        "| dtype | greedy tokens | first that is not the pass's likeliest | such tokens | largest gap between the logits, over their rms | "
+        "the uncaptured model's own forward: tokens compared, first difference |"
     ]
-    rows.append("|---|---|---|---|---|")
+    rows.append("|---|---|---|---|---|---|")
     for r in content["runs"]:
         first = "none" if r["first_divergence"] is None else str(r["first_divergence"])
-        rows.append(f"| {r['dtype']} | {r['tokens']} | {first} | {r['divergences']} | {r['largest_gap'] / r['logits_rms']:.2g} |")
+        eager = f"{r['eager_tokens']}, {'none' if r['eager_first_difference'] is None else r['eager_first_difference']}"
+        rows.append(f"| {r['dtype']} | {r['tokens']} | {first} | {r['divergences']} | {r['largest_gap'] / r['logits_rms']:.2g} | {eager} |")
     return "\n".join(rows)
 
 

@@ -108,10 +108,12 @@ def test_greedy_tokens_are_compared_with_one_pass(monkeypatch):
     model = inference.build_model(tiny_model("qwen3").config, tiny_config(), "cpu", torch.float32)
     found = inference.greedy_against_one_pass(model, tokens(1, 20), 30)
     assert found["largest_gap"] < 1e-4 * found["logits_rms"] and found["tokens"] == 30 and found["distinct_tokens"] > 3
+    assert (found["eager_tokens"], found["eager_first_difference"], found["eager_gap"]) == (30, None, 0)
     model.generation_config.eos_token_id = None
     monkeypatch.setattr(inference.Decoder, "generate", lambda self, count: tokens(1, count, seed=3))
     wrong = inference.greedy_against_one_pass(model, tokens(1, 20), 30)
     assert wrong["first_divergence"] < 3 and wrong["divergences"] > 20
+    assert wrong["eager_first_difference"] < 3 and wrong["eager_gap"] > 0
 
 
 def test_the_report_is_drawn_from_the_results(tmp_path):
@@ -129,6 +131,7 @@ def test_the_report_is_drawn_from_the_results(tmp_path):
         "verdicts": [{"gate": "g", "figure": 1, "mark": 2, "passed": False}],
     }
     run = {"dtype": "torch.bfloat16", "tokens": 2000, "first_divergence": 17, "divergences": 3, "largest_gap": 0.5, "logits_rms": 2.0}
+    run |= {"eager_tokens": 1500, "eager_first_difference": None}
     for name, content in (("decode", {"contests": [contest]}), ("stream", {"streams": [stream]}), ("equality", {"runs": [run]})):
         (tmp_path / f"{name}.json").write_text(json.dumps(content | {"environment": environment}))
     text = inference_report.report(tmp_path)
@@ -142,7 +145,7 @@ def test_the_report_is_drawn_from_the_results(tmp_path):
         "89,000",
         "1,234,568 bytes",
         "**missed**",
-        "| 17 | 3 | 0.25",
+        "| 17 | 3 | 0.25 | 1500, none |",
     ):
         assert figure in text, figure
     page = (root / "docs" / "inference.md").read_text()
