@@ -2,11 +2,11 @@
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -221,22 +221,23 @@ def _recipe(options: argparse.Namespace, steps: int) -> Any:
     )
 
 
-def finish(accelerator: Any) -> None:
-    """End trackers and the process group, when the group's threads have nothing left to do.
+def finish(run: Any) -> None:
+    """End trackers and the process group of a `Distillation`, which can't go on afterwards.
 
-    torch 2.13's Gloo joins its threads in a destructor that holds the GIL, and a thread that has a collective's tensors to give back waits
-    for it. Seen once in the tests, and not reproduced since: a process whose training was over stood there for good.
+    What wraps the model goes first. DDP's reducer holds the process group too, and where it is the last to let go, under the GIL, Gloo joins
+    its threads there, one of which may be waiting for the GIL to give back a collective's tensors: neither goes on. `destroy_process_group`
+    lets go without the GIL (tests/train/two_processes.py forces the meeting).
     """
-    if accelerator.num_processes > 1:
-        accelerator.wait_for_everyone()
-        time.sleep(0.5)  # without the GIL
+    accelerator, run.module = run.accelerator, None
+    accelerator.free_memory()
+    gc.collect()
     accelerator.end_training()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; the exit status."""
     try:
-        finish(run(arguments).accelerator)
+        finish(run(arguments))
     except (Problem, ValueError) as error:
         print(f"allmem_ops.train: {error}", file=sys.stderr)
         return 2

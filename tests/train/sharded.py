@@ -29,7 +29,7 @@ def main():
     trained = run(sys.argv[1:])
     assert trained.sharded
     sys.stdout.write("sharded\n")
-    finish(trained.accelerator)
+    finish(trained)
 
 
 if __name__ == "__main__":
