@@ -224,9 +224,9 @@ def _recipe(options: argparse.Namespace, steps: int) -> Any:
 def finish(run: Any) -> None:
     """End trackers and the process group of a `Distillation`, which can't go on afterwards.
 
-    What wraps the model goes first. DDP's reducer holds the process group too, and where it is the last to let go, under the GIL, Gloo joins
-    its threads there, one of which may be waiting for the GIL to give back a collective's tensors: neither goes on. `destroy_process_group`
-    lets go without the GIL (tests/train/two_processes.py forces the meeting).
+    What wraps the model goes first. DDP's reducer holds the process group too, and where it is the last to let go, under the GIL, Gloo
+    joins its threads there, one of which may be waiting for the GIL to give back a collective's tensors: neither goes on.
+    `destroy_process_group` lets go without the GIL (tests/train/two_processes.py forces the meeting).
     """
     accelerator, run.module = run.accelerator, None
     accelerator.free_memory()
