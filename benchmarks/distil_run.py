@@ -79,6 +79,8 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     recipe.add_argument("--chunk", type=int, nargs=2, default=(256, 2048))
     recipe.add_argument("--sinks", type=int, nargs=2, default=(0, 128))
     recipe.add_argument("--save-every", type=int, default=0, help="steps; 0: at the end of a call")
+    recipe.add_argument("--draws", type=int, default=0, help="distinct windows, sinks and chunks; 0: drawn anew each step")
+    recipe.add_argument("--cuda-graph", action=switch, default=False, help="a CUDA graph for each of --draws")
     recipe.add_argument("--compile", action=switch, default=False, help="norms and MLPs by torch.compile")
     arm = parser.add_argument_group("arm")
     arm.add_argument("--writes", action=switch, default=True)
@@ -192,12 +194,13 @@ def run_arm(base: Any, options: argparse.Namespace, seconds: float | None) -> No
         window=tuple(options.window),
         sinks=tuple(options.sinks),
         chunk_size=tuple(options.chunk),
+        distinct_draws=options.draws,
         seed=options.seed,
     )
     model = build(base, options)
     if options.compile:
         compile_blocks(model)
-    run = Distillation(model, recipe)
+    run = Distillation(model, recipe, cuda_graph=options.cuda_graph)
     cuda = options.device.startswith("cuda")
     print(
         f"{output.name}: {steps} steps of {options.rows} x {options.length}, built after {time.perf_counter() - started:.1f} s", flush=True
