@@ -226,7 +226,7 @@ def finish(run: Any) -> None:
 
     What wraps the model goes first. DDP's reducer holds the process group too, and where it is the last to let go, under the GIL, Gloo
     joins its threads there, one of which may be waiting for the GIL to give back a collective's tensors: neither goes on.
-    `destroy_process_group` lets go without the GIL (tests/train/two_processes.py forces the meeting).
+    `destroy_process_group` lets go without the GIL. (torch 2.13: a reducer kept beyond it hangs every time where a thread still waits.)
     """
     accelerator, run.module = run.accelerator, None
     accelerator.free_memory()

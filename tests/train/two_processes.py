@@ -1,10 +1,12 @@
 """Run in two processes: train by the command line, then compare the processes' parameters."""
 
+import gc
 import sys
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
+from torch.nn.parallel import DistributedDataParallel
 
 from allmem_ops.hf import memory_parameters
 from allmem_ops.train.__main__ import finish, run
@@ -17,12 +19,16 @@ def main():
     both = gather(flat[None])
     assert both.shape[0] == 2 and torch.equal(both[0], both[1]), "the processes' memories differ"
     sys.stdout.write("equal parameters\n")
-    # From here on a thread of Gloo's holds the tensors of a collective, and waits for the GIL to give them back.
-    sys.setswitchinterval(1000.0)
-    work = torch.distributed.all_reduce(torch.ones(1000), async_op=True)
-    while not work.is_completed():
-        pass
-    del work
+    # The reducer of DDP, freed after the process group, would join Gloo's threads under the GIL.
+    plain = torch.distributed.destroy_process_group
+
+    def destroy(group=None):
+        assert not any(isinstance(x, DistributedDataParallel) for x in gc.get_objects()), "the process group ends before what holds it"
+        sys.stdout.write("nothing holds the group\n")
+        plain(group)
+
+    assert isinstance(trained.module, DistributedDataParallel)
+    torch.distributed.destroy_process_group = destroy
     finish(trained)
 
 
