@@ -284,11 +284,11 @@ def assert_rows_equal(one, other):
         assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize("segment", [1, 7, 512])
-def test_the_state_after_segments_is_that_of_one_pass(live, segment):
-    """Window, sinks, convolution, weights, momentum and open chunk; 601 tokens, so that every length leaves a shorter last one."""
-    ids, caches = tokens(1, 601), []
-    for length in (segment, 601):
+@pytest.mark.parametrize(("segment", "count"), [(1, 601), (7, 601), (512, 601), (4096, 4501)])
+def test_the_state_after_segments_is_that_of_one_pass(live, segment, count):
+    """Window, sinks, convolution, weights, momentum and open chunk; every length leaves a shorter last one."""
+    ids, caches = tokens(1, count), []
+    for length in (segment, count):
         caches.append(AllMemCache(live, 1))
         with torch.no_grad():
             for piece in ids.split(length, 1):
