@@ -6,13 +6,16 @@
 A step is all of it: the teacher's forward pass, the student's, forward KL, backward, clipping, AdamW. "student" is the middle of it
 alone: forward, loss, backward. Parts:
 
-    kernels  impl="auto", launched one by one: window, sinks and chunk size may change at every step
-    compiled the kernels, and the norms and MLPs of the layers (the teacher's too) by torch.compile
-    graph    the kernels as one CUDA graph
-    chunk    impl="chunk" as one CUDA graph (its batched products are an operator that torch.compile does not look into)
-    plain    the same student with windowed attention and no memory: forward, loss and backward to the embeddings
-    losses   the loss curves of both implementations from the same seed
-    profile  the kernels that a step with impl="auto" spends its time in
+    kernels         impl="auto", launched one by one, window, sinks and chunk size drawn anew at every step
+    graph           forward and backward as a CUDA graph: one window, sinks and chunk size
+    draws           a CUDA graph for each of 8 draws
+    compiled        `graph`, and the norms and MLPs of the layers (the teacher's too) by torch.compile
+    chunk           `graph` with impl="chunk" (its batched products are an operator that torch.compile does not look into)
+    chunk_compiled  `compiled` with impl="chunk"
+    plain           the same student with windowed attention and no memory: forward, loss and backward to the embeddings, as a CUDA graph
+    plain_compiled  likewise, the norms and MLPs by torch.compile
+    losses          the loss curves of both implementations from the same seed
+    profile         the kernels that a step with impl="auto" spends its time in
 
 One part's failure does not stop the others. Whole steps run one after another, `--steps` of them; parts of a step are medians.
 """
@@ -40,11 +43,13 @@ from allmem_ops.hf.runtime import runtime_of
 from allmem_ops.hf.unmasked import unmasked
 from allmem_ops.training import Distillation, Recipe, compile_blocks, fine_tune, forward_kl, plain_blocks
 from allmem_ops.training.engine import TeacherAndStudent
+from allmem_ops.training.graph import GraphedSteps
 from benchmarks.measure import environment
 
-PARTS = ("kernels", "plain", "profile", "graph", "losses", "chunk", "compiled")
-TIMED = ("kernels", "plain", "graph", "chunk", "compiled")
+TIMED = ("kernels", "graph", "plain", "draws", "compiled", "plain_compiled", "chunk", "chunk_compiled")
+PARTS = (*TIMED, "profile", "losses")
 LR = 1e-3
+RANGES = {"window": (256, 2048), "sinks": (0, 128), "chunk_size": (256, 2048)}
 
 
 def main() -> None:
@@ -93,7 +98,7 @@ class Bench:
     """One model on the GPU, and the parts."""
 
     def __init__(self, options: argparse.Namespace, rows: torch.Tensor) -> None:
-        self.options, self.rows = options, rows
+        self.options, self.rows, self.cuda = options, rows, options.device != "cpu"
         started = time.perf_counter()
         self.model = load_smollm2(options.weights, torch.bfloat16, options.device)
         print(f"loaded in {time.perf_counter() - started:.1f} s", flush=True)
@@ -129,32 +134,59 @@ class Bench:
             reconfigure(self.model)
             for p in memory_parameters(self.model).values():
                 p.grad = None
-            torch.cuda.empty_cache()
+            if self.cuda:
+                torch.cuda.empty_cache()
 
-    def kernels(self, size: int, graph: bool = False, impl: str = "auto") -> dict[str, Any]:
-        """Tokens a second of whole steps, and milliseconds of their parts."""
-        with self.impl(impl):
-            run, ids = Distillation(self.model, Recipe(steps=10_000, lr=LR), cuda_graph=graph), self.batch(size)
-            figures = self.timed(lambda: run.step(ids), ids.numel())
-            teacher = run.module.teacher(ids)
-            figures["teacher_ms"] = self.ms(lambda: run.module.teacher(ids))
-            if not graph:
-                figures["student_ms"] = self.ms(lambda: run.module.student(ids, teacher).backward())
-            figures["kl_ms"] = self.kl_ms(teacher)
-            return figures
+    def kernels(self, size: int) -> dict[str, Any]:
+        return self.steps(size, Recipe(steps=10_000, lr=LR, **self.ranges), graph=False)
 
     def graph(self, size: int) -> dict[str, Any]:
-        return self.kernels(size, graph=True)
+        return self.steps(size, Recipe(steps=10_000, lr=LR))
+
+    def draws(self, size: int) -> dict[str, Any]:
+        return self.steps(size, Recipe(steps=10_000, lr=LR, distinct_draws=8, **self.ranges))
 
     def chunk(self, size: int) -> dict[str, Any]:
-        return self.kernels(size, graph=True, impl="chunk")
+        return self.steps(size, Recipe(steps=10_000, lr=LR), impl="chunk")
 
     def compiled(self, size: int) -> dict[str, Any]:
+        with self.blocks():
+            return self.graph(size)
+
+    def chunk_compiled(self, size: int) -> dict[str, Any]:
+        with self.blocks():
+            return self.chunk(size)
+
+    def plain_compiled(self, size: int) -> dict[str, Any]:
+        with self.blocks():
+            return self.plain(size)
+
+    @property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """The long run's, or what fits shorter rows."""
+        longest = self.options.length // 4
+        return {name: (min(low, longest // 2), min(high, longest)) for name, (low, high) in RANGES.items()}
+
+    @contextmanager
+    def blocks(self) -> Iterator[None]:
         compile_blocks(self.model)
         try:
-            return self.kernels(size)
+            yield
         finally:
             plain_blocks(self.model)
+
+    def steps(self, size: int, recipe: Recipe, graph: bool = True, impl: str = "auto") -> dict[str, Any]:
+        """Tokens a second of whole steps, and milliseconds of their parts where they are launched one by one."""
+        with self.impl(impl):
+            run, ids = Distillation(self.model, recipe, cuda_graph=graph and self.cuda), self.batch(size)
+            steps = max(self.options.steps, recipe.distinct_draws)
+            figures = self.timed(lambda: run.step(ids), ids.numel(), steps)
+            if not graph:
+                teacher = run.module.teacher(ids)
+                figures["teacher_ms"] = self.ms(lambda: run.module.teacher(ids))
+                figures["student_ms"] = self.ms(lambda: run.module.student(ids, teacher).backward())
+                figures["kl_ms"] = self.kl_ms(teacher)
+            return figures
 
     def plain(self, size: int) -> dict[str, Any]:
         """Forward, loss and backward to the embeddings, without the memory."""
@@ -163,13 +195,16 @@ class Bench:
             teacher = TeacherAndStudent(self.model, 0, 1024).teacher(ids)
             embeddings = self.model.get_input_embeddings()(ids).detach().requires_grad_()
 
-            def step() -> None:
+            def step(teacher: torch.Tensor) -> torch.Tensor:
                 embeddings.grad = None
                 with unmasked(self.model):
                     hidden = self.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-                forward_kl(hidden, teacher, self.head).backward()
+                loss = forward_kl(hidden, teacher, self.head)
+                loss.backward()
+                return loss.detach()
 
-            return self.timed(step, ids.numel())
+            run = GraphedSteps(step, [embeddings], [None], lambda _: None) if self.cuda else lambda _, x: step(x)
+            return self.timed(lambda: run(None, teacher), ids.numel(), self.options.steps)
 
     def losses(self, size: int) -> dict[str, Any]:
         """Both curves, and their largest distance relative to the loss."""
@@ -178,7 +213,7 @@ class Bench:
         for impl in ("auto", "chunk"):
             with self.impl(impl):
                 batches = (self.rows[i : i + size].to(self.options.device) for i in range(steps))
-                result = fine_tune(self.model, batches, steps=steps, lr=LR, warmup=min(5, steps), cuda_graph=impl == "chunk")
+                result = fine_tune(self.model, batches, steps=steps, lr=LR, warmup=min(5, steps), cuda_graph=self.cuda)
                 curves[impl] = [step.kl for step in result.steps]
         distance = [abs(a - b) / b for a, b in zip(*curves.values(), strict=True)]
         last = [statistics.fmean(curve[-10:]) for curve in curves.values()]
@@ -209,22 +244,31 @@ class Bench:
                 print(f"  {e.self_device_time_total / 1e3:8.2f} ms {e.count:6d} x  {e.key[:110]}", flush=True)
             return {"total_ms": round(total / 1e3, 2), "top": [[e.key[:200], e.count, e.self_device_time_total / 1e3] for e in events[:60]]}
 
-    def timed(self, step: Callable[[], object], tokens: int) -> dict[str, Any]:
-        """Steps one after another, as a run makes them: the host may be ahead. `host_ms`: until it had launched a step."""
-        cuda = self.options.device != "cpu"
-        if cuda:
+    def timed(self, step: Callable[[], object], tokens: int, steps: int) -> dict[str, Any]:
+        """Steps one after another, as a run makes them: the host may be ahead. `host_ms`: until it had launched a step; `peak_gib`: of
+        tensors; `reserved_gib`: of the device's memory, at most; `first_s`: the first step, with what is compiled and captured there."""
+        if self.cuda:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
         step()
         self.synchronize()
-        start = time.perf_counter()
-        for _ in range(self.options.steps):
+        first, start = time.perf_counter() - start, time.perf_counter()
+        for _ in range(steps):
             step()
-        launched = (time.perf_counter() - start) / self.options.steps * 1e3
+        launched = (time.perf_counter() - start) / steps * 1e3
         self.synchronize()
-        ms = (time.perf_counter() - start) / self.options.steps * 1e3
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-        speed = round(tokens / ms * 1e3)
-        return {"tokens_per_second": speed, "ms": round(ms, 2), "host_ms": round(launched, 2), "peak_gib": round(peak, 2)}
+        ms = (time.perf_counter() - start) / steps * 1e3
+        found = {
+            "tokens_per_second": round(tokens / ms * 1e3),
+            "ms": round(ms, 2),
+            "host_ms": round(launched, 2),
+            "first_s": round(first, 1),
+        }
+        if self.cuda:
+            peak = {"peak_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}
+            found |= {name: round(value / 2**30, 2) for name, value in peak.items()}
+        return found
 
     def kl_ms(self, hidden: torch.Tensor) -> float:
         student = hidden.clone().requires_grad_()
@@ -249,7 +293,7 @@ class Bench:
         return round(statistics.median(times) * 1e3, 2)
 
     def synchronize(self) -> None:
-        if self.options.device != "cpu":
+        if self.cuda:
             torch.cuda.synchronize()
 
 
