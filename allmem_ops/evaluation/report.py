@@ -9,14 +9,15 @@ from allmem_ops.evaluation.arms import FULL, LABELS
 from allmem_ops.evaluation.table import table
 
 
-def text(found: dict[str, Any]) -> str:
-    """The whole report, Markdown."""
+def text(found: dict[str, Any], *, by_depth: bool = True) -> str:
+    """The whole report, Markdown; `by_depth`: retrieval also by the needle's depth, a table for each kind and length."""
     plan = found["plan"]
     labels = found["labels"]
-    parts = {"rows": _rows, "long": _long, "short": _short, "needles": _needles, "speed": _speed, "tasks": _tasks}
+    parts = {"rows": _rows, "long": _long, "short": _short, "needles": _needles, "depths": _depths, "speed": _speed, "tasks": _tasks}
+    shown = {**found, "depths": by_depth and found.get("needles")}
     seconds = [_seconds(found)] if found["seconds"] else []
     head = f"Window {plan['window']}, {plan['sinks']} sinks in every arm that has a window, chunk {plan['chunk_size']}."
-    sections = [section for name, write in parts.items() if found.get(name) for section in write(found, labels)]
+    sections = [section for name, write in parts.items() if shown.get(name) for section in write(found, labels)]
     return "\n\n".join([head, *sections, *_over_checkpoints(found, labels), *seconds])
 
 
@@ -54,10 +55,16 @@ def _short(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
     return [title, table(["", "perplexity", "against full attention"], rows)]
 
 
-def _needles(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
+def _needle_cells(found: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By kind and length, then by arm."""
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     for entry in found["needles"]:
         cells.setdefault(f"{entry['kind']}, {entry['length']}", {})[entry["arm"]] = entry
+    return cells
+
+
+def _needles(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
+    cells = _needle_cells(found)
     arms = [key for key in labels if any(key in by_arm for by_arm in cells.values())]
 
     def outside(entry: dict[str, Any] | None) -> str:
@@ -67,8 +74,12 @@ def _needles(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
 
     rows = [[labels[key], *(outside(by_arm.get(key)) for by_arm in cells.values())] for key in arms]
     title = "**Needles outside window and sinks**: negative log-likelihood of the answer's digits (chance 11.5 nats) and accuracy."
-    sections = [title, table(["", *cells], rows)]
-    for name, by_arm in cells.items():
+    return [title, table(["", *cells], rows)]
+
+
+def _depths(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
+    sections = []
+    for name, by_arm in _needle_cells(found).items():
         depths = next(iter(by_arm.values()))["depths"]
         rows = [
             [labels[key], *(f"{cell['nll']:.2f} / {100 * cell['accuracy']:.0f} %" for cell in entry["depths"].values())]
@@ -159,9 +170,7 @@ def picture(found: dict[str, Any], path: Path) -> Path | None:
     except ImportError as error:
         raise ImportError('the picture needs matplotlib: pip install -e ".[eval]" -c constraints.txt') from error
 
-    style = {
-        key: {"color": f"C{i}", "label": label, "marker": "o", "markersize": 3} for i, (key, label) in enumerate(found["labels"].items())
-    }
+    style = _styles(found["labels"])
     draws: list[Callable[[Any], None]] = []
     for name, part in (found.get("rows") or {}).items():
         gaps = {key: arm["kl"] for key, arm in part["arms"].items() if key != FULL}
@@ -190,6 +199,25 @@ def picture(found: dict[str, Any], path: Path) -> Path | None:
         axis.remove()
     figure.savefig(path, dpi=120)
     return path
+
+
+def _styles(labels: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """A colour for each kind of arm; several checkpoints of one share it, and its line in the legend."""
+    by_kind: dict[str, list[str]] = {}
+    for key in labels:
+        by_kind.setdefault(key.partition("#")[0], []).append(key)
+    style = {}
+    for kind, keys in by_kind.items():
+        name = LABELS[kind] + (f", {len(keys)} checkpoints" if len(keys) > 1 else "")
+        for i, key in enumerate(keys):
+            style[key] = {
+                "color": f"C{list(LABELS).index(kind)}",
+                "label": "_" if i else name,
+                "marker": "o",
+                "markersize": 3,
+                "linewidth": 1,
+            }
+    return style
 
 
 def _draw_buckets(axis: Any, style: dict[str, dict[str, Any]], by_arm: dict[str, dict[str, float]], label: str, title: str) -> None:

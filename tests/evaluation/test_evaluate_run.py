@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from allmem_ops.evaluate import texts as texts_file
-from benchmarks import evaluate_run
+from benchmarks import evaluate_run, evaluation_report
 from tests.evaluation.conftest import Bytes
 
 SIZES = [
@@ -94,15 +94,15 @@ def test_pieces(words, monkeypatch, capsys):
 
 
 def test_the_whole_evaluation_in_two_processes_is_that_of_one_command(place, words, tmp_path, monkeypatch):
-    output, one_window = tmp_path / "found", ["--window", "12", "--chunk", "7"]
+    output, one_window = tmp_path / "found", ["--window", "24", "--chunk", "24"]
     monkeypatch.setattr(evaluate_run, "POLL", 0.05)
     assert call(monkeypatch, [*words, *one_window, "--workers", "2"]) == 0
     pieces = sorted(path.name for path in (output / "pieces").glob("*.json"))
-    assert len(pieces) == 24 and "rows-12-allmem.allmem-seed1.json" in pieces
+    assert len(pieces) == 24 and "rows-24-allmem.allmem-seed1.json" in pieces
     options = argparse.Namespace(texts=place / "texts.npz", output=tmp_path / "one", runs=tmp_path / "runs", **NAMES)
     more = [*words[words.index("--model") :], *one_window, "--parts", "rows", "long", "needles", "short"]
     assert evaluate_run.command.main(evaluate_run.arguments(options, more)) == 0
-    split = json.loads((output / "window-12" / "evaluation.json").read_text())
+    split = json.loads((output / "window-24" / "evaluation.json").read_text())
     whole = json.loads((tmp_path / "one" / "evaluation.json").read_text())
     assert split["labels"] == whole["labels"] and split["texts"] == whole["texts"] and split["rows"] == whole["rows"]
     for part in ("long", "short"):
@@ -110,8 +110,17 @@ def test_the_whole_evaluation_in_two_processes_is_that_of_one_command(place, wor
         assert split[part] == whole[part]
     assert split["needles"] == [entry for entry in whole["needles"] if entry["arm"] != "writes-off"]
     assert list(split["speed"]) == ["full", "window", "allmem#allmem-seed0", "linear"]
-    assert (output / "window-12" / "evaluation.png").stat().st_size > 30_000
-    assert "Over checkpoints" in (output / "window-12" / "evaluation.md").read_text()
+    assert (output / "window-24" / "evaluation.png").stat().st_size > 30_000
+    assert "Over checkpoints" in (output / "window-24" / "evaluation.md").read_text()
+
+    document = tmp_path / "document.md"
+    document.write_text(f"before\n{evaluation_report.BEGIN}\nold\n{evaluation_report.END}\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["evaluation_report", str(output), "--write", str(document), "--pictures", str(tmp_path)])
+    evaluation_report.main()
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "### Window 24, chunk 24, 3 sinks" in text and "| recovery, a text" in text and "| AllMem: allmem-seed1" in text
+    assert "by depth" not in text and "(evaluation-24.png)" in text and (tmp_path / "evaluation-24.png").stat().st_size > 30_000
 
 
 def test_a_stopped_evaluation_goes_on(words, tmp_path, monkeypatch, capfd):
