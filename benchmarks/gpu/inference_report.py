@@ -10,7 +10,7 @@ from typing import Any
 
 from allmem_ops.cost import cache_bytes
 from benchmarks.gpu.contest import OURS
-from benchmarks.gpu.inference import AT_8K, FLEX, KERNELS, SDPA, shape_of
+from benchmarks.gpu.inference import AT_8K, FLEX, KERNELS, LONG, SDPA, SHAPES, shape_of
 from benchmarks.gpu.report import command, verdict_text
 
 BEGIN, END = "<!-- inference: begin (python -m benchmarks.gpu.inference_report) -->", "<!-- inference: end -->"
@@ -67,19 +67,53 @@ def equality_table(content: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-TABLES = {"decode": decode_table, "stream": stream_table, "equality": equality_table}
+def profile_table(content: dict[str, Any]) -> str:
+    """A line a part of each step: kernels, their time, the least bytes, and what those would take at the measured copy bandwidth."""
+    rows = ["| step | part | kernels | sum of their times | during which one of them runs | least bytes | their time at copy bandwidth |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for found in content["profiles"]:
+        step = f"{found['name']}: {found['ms']:.3f} ms, {found['kernels']} kernels, {found['copy_kernels']} that copy"
+        for part, p in found["parts"].items():
+            times = f"{p['sum_us']:.0f} us | {p['busy_us']:.0f} us | {p['least_bytes'] / 1e6:.0f} MB"
+            rows.append(f"| {step} | {part} | {p['kernels']} | {times} | {1e6 * p['least_bytes'] / found['copy_bytes_per_s']:.0f} us |")
+            step = ""
+    return "\n".join(rows)
+
+
+def state_table() -> str:
+    """What a sequence holds, by `allmem_ops.cost`, which a test holds the tensors against; beside full attention at 128k."""
+    shapes = {name: shape_of(name) for name in SHAPES}
+    window = {name: cache_bytes(s, LONG, "swa") for name, s in shapes.items()}
+    together = {name: cache_bytes(s, LONG, "allmem") for name, s in shapes.items()}
+    full = {name: cache_bytes(s, LONG, "full") for name, s in shapes.items()}
+    lines = {
+        "window, sinks and position": window,
+        "memory and convolution": {name: together[name] - window[name] for name in shapes},
+        "together": together,
+        f"full attention at {LONG:,} tokens": full,
+    }
+    rows = ["| | " + " | ".join(shapes) + " |", "|---" * (len(shapes) + 1) + "|"]
+    rows += [f"| {label} | " + " | ".join(f"{sizes[name]:,}" for name in shapes) + " |" for label, sizes in lines.items()]
+    ratios = (f"{together[name] / full[name]:.3f} = 1/{full[name] / together[name]:.1f}" for name in shapes)
+    rows.append("| **ours over full attention's** (the paper: 1/9) | " + " | ".join(ratios) + " |")
+    return "\n".join(rows)
+
+
+TABLES = {"decode": decode_table, "step_profile": profile_table, "stream": stream_table, "equality": equality_table}
 
 
 def report(folder: Path) -> str:
-    """The tables of what was run, each with its card, versions and commit."""
-    parts = []
+    """The state's bytes, and the tables of what was run, each with its card, versions and commit."""
+    parts = [f"**State of one sequence**, bytes (bfloat16, window 4096, 128 sinks, chunk 2048):\n\n{state_table()}"]
     for name, table in TABLES.items():
         path = folder / f"{name}.json"
         if path.is_file():
             content = json.loads(path.read_text())
             about = content["environment"]
             parts.append(f"`{path.name}`: {about['device']}, PyTorch {about['torch']}, commit {about['commit']}.\n\n{table(content)}")
-    return "\n\n".join(parts) or "No GPU run of these commands is recorded yet."
+    if len(parts) == 1:
+        parts.append("No GPU run of these commands is recorded yet.")
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from allmem_ops.cost import cache_bytes, memory_state_bytes
 from allmem_ops.hf import AllMemCache, convert, full_attention
 from allmem_ops.inference.packed import PackedStep
-from benchmarks.gpu import inference, inference_report
+from benchmarks.gpu import inference, inference_report, step_profile
 from benchmarks.gpu.contest import OURS
 from benchmarks.gpu.report import written
 from benchmarks.peers.static_cache import FullAttentionStep, StaticCache, sdpa
@@ -60,6 +60,32 @@ def test_the_least_bytes_of_a_step_are_those_of_the_tensors_it_reads(name):
     cache = AllMemCache(model, 3)
     state = sum(layer.window.nbytes + sum(t.nbytes for t in layer.memory.memory.rounded) for layer in cache.layers)
     assert inference.step_bytes(name, 3) == weights + state
+
+
+def test_a_profile_is_shared_out_among_the_parts():
+    kernels = [
+        step_profile.Kernel(*k)
+        for k in (
+            ("nvjet_a", 0.0, 5.0),
+            ("swa_step_split_kernel", 5.0, 10.0),
+            ("ttt_mlp_step_token_kernel", 6.0, 4.0),
+            ("swa_step_merge_kernel", 12.0, 6.0),
+            ("step_linear_kernel", 18.0, 3.0),
+            ("nvjet_vocabulary", 21.0, 100.0),
+            ("reduce", 121.0, 2.0),
+        )
+    ]
+    least = step_profile.least_bytes("Qwen3-0.6B", 3)
+    assert sum(least.values()) == inference.step_bytes("Qwen3-0.6B", 3)
+    found = step_profile.by_part(kernels, least)
+    assert {part: (p["kernels"], p["sum_us"], p["busy_us"]) for part, p in found.items()} == {
+        step_profile.PRODUCTS: (2, 8.0, 8.0),
+        step_profile.ATTENTION: (2, 16.0, 13.0),
+        step_profile.MEMORY: (1, 4.0, 4.0),
+        step_profile.VOCABULARY: (1, 100.0, 100.0),
+        step_profile.REST: (1, 2.0, 2.0),
+    }
+    assert step_profile.by_name(kernels)[0] == {"name": "nvjet_vocabulary", "launches": 1, "sum_us": 100.0}
 
 
 def test_contests_call_the_step_of_each(monkeypatch):
@@ -132,7 +158,11 @@ def test_the_report_is_drawn_from_the_results(tmp_path):
     }
     run = {"dtype": "torch.bfloat16", "tokens": 2000, "first_divergence": 17, "divergences": 3, "largest_gap": 0.5, "logits_rms": 2.0}
     run |= {"eager_tokens": 1500, "eager_first_difference": None}
-    for name, content in (("decode", {"contests": [contest]}), ("stream", {"streams": [stream]}), ("equality", {"runs": [run]})):
+    part = {"kernels": 112, "sum_us": 700.4, "busy_us": 690.2, "least_bytes": 3 * 10**8}
+    profiled = {"name": "p", "ms": 1.5, "kernels": 300, "copy_kernels": 4, "parts": {"products": part}, "copy_bytes_per_s": 3e12}
+    contents = {"decode": {"contests": [contest]}, "stream": {"streams": [stream]}, "equality": {"runs": [run]}}
+    contents["step_profile"] = {"profiles": [profiled]}
+    for name, content in contents.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content | {"environment": environment}))
     text = inference_report.report(tmp_path)
     for figure in (
@@ -146,6 +176,9 @@ def test_the_report_is_drawn_from_the_results(tmp_path):
         "1,234,568 bytes",
         "**missed**",
         "| 17 | 3 | 0.25 | 1500, none |",
+        "| p: 1.500 ms, 300 kernels, 4 that copy | products | 112 | 700 us | 690 us | 300 MB | 100 us |",
+        "| together | 565,901,056 | 130,050,600 |",
+        "| 0.038 = 1/26.6 | 0.043 = 1/23.2 |",
     ):
         assert figure in text, figure
     page = (root / "docs" / "inference.md").read_text()
