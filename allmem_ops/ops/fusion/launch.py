@@ -10,7 +10,7 @@ from allmem_ops.ops.fusion.kernels.bwd import gated_fusion_bwd_kernel, gated_fus
 from allmem_ops.ops.fusion.kernels.fwd import gated_fusion_fwd_kernel
 from allmem_ops.ops.kernels.configs import Config, Table, choose
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
-from allmem_ops.ops.kernels.launcher import launch_plain
+from allmem_ops.ops.kernels.replay import Recorder, replay, traits
 
 # TILE: elements of a tile. PER_SM: programs a streaming multiprocessor, at most. STAGES: of the loop over tiles. Shape classes: "rows" with
 # a norm or a gate, whose weights a program keeps from tile to tile; "sums" without, one tile a program.
@@ -99,21 +99,28 @@ def launch_forward(
     attn: Tensor | None, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float
 ) -> Tensor:
     """y [B, T, D]."""
+    inputs = attn, memory, alpha, gate, norm_weight
+    key = traits(inputs, "gated_fusion_fwd", eps)
+    if (done := replay(key, inputs)) is not None:
+        return done[0]
     B, T = memory.shape[:2]
     rows = _rows(memory, gate, norm_weight)
-    y = torch.empty(B, T, rows.D, dtype=memory.dtype if attn is None else attn.dtype, device=memory.device)
+    record = Recorder(inputs)
+    y = record.result((B, T, rows.D), memory.dtype if attn is None else attn.dtype, memory.device)
     if y.numel() == 0:
         return y
 
-    def run(config: Config) -> None:
+    def run(config: Config, record: Recorder) -> None:
         plan = _plan(rows, memory, config, attn, gate)
         args = [attn, memory, alpha, gate, norm_weight, y, B * T, T, eps]
         args += [*_strides(attn, 3), *rows.strides, *_strides(alpha, 1), *_strides(gate, 3), *_strides(norm_weight, 1)]
         args += [rows.H, rows.W, rows.D, plan.batch, rows.gate, plan.BR, plan.BW, config.constants["STAGES"]]
-        launch_plain(gated_fusion_fwd_kernel, memory.device, plan.programs, args, {"num_warps": _warps(config, plan)})
+        record.launch_plain(gated_fusion_fwd_kernel, memory.device, plan.programs, args, {"num_warps": _warps(config, plan)})
 
     shape = "sums" if gate is None and norm_weight is None else "rows"
-    run(choose("gated_fusion_fwd", _FWD, gpu_class(memory.device), shape, run))
+    tried = Recorder(inputs)
+    run(choose("gated_fusion_fwd", _FWD, gpu_class(memory.device), shape, lambda config: run(config, tried)), record)
+    record.file(key)
     return y
 
 
@@ -121,27 +128,30 @@ def launch_backward(
     dy: Tensor, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of memory, alpha, gate and norm_weight (None where the argument is); that of attn is `dy` itself."""
+    inputs = dy, memory, alpha, gate, norm_weight
+    key = traits(inputs, "gated_fusion_bwd", eps)
+    if (done := replay(key, inputs)) is not None:
+        found = iter(done)
+        return tuple(None if x is None else next(found) for x in inputs[1:])
     B, T = memory.shape[:2]
     rows = _rows(memory, gate, norm_weight)
-    dmemory = torch.empty(memory.shape, dtype=memory.dtype, device=memory.device)
-    dalpha, dgate, dweight = (
-        None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (alpha, gate, norm_weight)
-    )
+    record = Recorder(inputs)
+    dmemory, dalpha, dgate, dweight = (None if x is None else record.result(x.shape, x.dtype, x.device) for x in inputs[1:])
     if dmemory.numel() == 0:
         return dmemory, *(None if x is None else x.zero_() for x in (dalpha, dgate, dweight))
 
-    def run(config: Config) -> None:
+    def run(config: Config, record: Recorder) -> None:
         plan = _plan(rows, memory, config, dy, gate)
         fold = plan.BR // rows.H if plan.BR % rows.H == 0 else 1
         alpha_sums = weight_sums = None
         if dalpha is not None:
-            alpha_sums = torch.empty(plan.programs * plan.BR // fold, plan.BW, dtype=torch.float32, device=memory.device)
+            alpha_sums = record.workspace(plan.programs * plan.BR // fold, plan.BW, dtype=torch.float32, device=memory.device)
         if dweight is not None:
-            weight_sums = torch.empty(plan.programs, plan.BW, dtype=torch.float32, device=memory.device)
+            weight_sums = record.workspace(plan.programs, plan.BW, dtype=torch.float32, device=memory.device)
         args = [dy, memory, alpha, gate, norm_weight, dmemory, dgate, alpha_sums, weight_sums, B * T, T, eps]
         args += [*dy.stride(), *rows.strides, *_strides(alpha, 1), *_strides(gate, 3), *_strides(norm_weight, 1)]
         args += [rows.H, rows.W, rows.D, plan.batch, rows.gate, plan.BR, plan.BW, fold, config.constants["STAGES"]]
-        launch_plain(gated_fusion_bwd_kernel, memory.device, plan.programs, args, {"num_warps": _warps(config, plan)})
+        record.launch_plain(gated_fusion_bwd_kernel, memory.device, plan.programs, args, {"num_warps": _warps(config, plan)})
         if alpha_sums is None and weight_sums is None:
             return
         columns = (0 if alpha_sums is None else rows.H * plan.BW), (0 if weight_sums is None else plan.BW)
@@ -149,7 +159,9 @@ def launch_backward(
         alpha_rows = 0 if alpha_sums is None else alpha_sums.shape[0] // rows.H
         args = [alpha_sums, weight_sums, dalpha, dweight, alpha_rows, plan.programs]
         args += [rows.H, rows.W, rows.D, plan.BW, _SUM_ROWS, _SUM_COLUMNS]
-        launch_plain(gated_fusion_bwd_sums_kernel, memory.device, programs, args, {"num_warps": 4})
+        record.launch_plain(gated_fusion_bwd_sums_kernel, memory.device, programs, args, {"num_warps": 4})
 
-    run(choose("gated_fusion_bwd", _BWD, gpu_class(memory.device), "rows", run))
+    tried = Recorder(inputs)
+    run(choose("gated_fusion_bwd", _BWD, gpu_class(memory.device), "rows", lambda config: run(config, tried)), record)
+    record.file(key)
     return dmemory, dalpha, dgate, dweight

@@ -71,8 +71,12 @@ def start(compiled: Any, grid: tuple[int, int, int], stream: int, addresses: Seq
 
 def launch_plain(kernel: Any, device: torch.device, programs: Grid, args: Sequence[Any], options: Mapping[str, Any]) -> None:
     """`launch` for a kernel of plain pointers and numbers, whose key the arguments themselves give."""
-    key = tuple(map(_argument_class, kernel.params, args)) + tuple(options.values()) if device.type == "cuda" else None
-    launch(kernel, key, device, programs, args, options)
+    launch(kernel, plain_key(kernel, device, args, options), device, programs, args, options)
+
+
+def plain_key(kernel: Any, device: torch.device, args: Sequence[Any], options: Mapping[str, Any]) -> Hashable:
+    """The key of such a kernel's launch; on a CPU none is needed."""
+    return tuple(map(_argument_class, kernel.params, args)) + tuple(options.values()) if device.type == "cuda" else None
 
 
 def _argument_class(parameter: Any, value: Any) -> Hashable:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from allmem_ops.ops.kernels.configs import Config, Table, choose
 from allmem_ops.ops.kernels.device import gpu_class, interpreted, sm_count
-from allmem_ops.ops.kernels.launcher import launch_plain
+from allmem_ops.ops.kernels.replay import Recorder, replay, traits
 from allmem_ops.ops.memory_input.chunk import token_places
 from allmem_ops.ops.memory_input.kernels.bwd import memory_input_bwd_kernel
 from allmem_ops.ops.memory_input.kernels.fwd import memory_input_fwd_kernel
@@ -79,30 +79,34 @@ def _in_units(*strides: int) -> tuple[int, list[int]]:
     return unit, [s // unit for s in strides]
 
 
-def _empty_outputs(x: Inputs, heads: int) -> tuple[Tensor, ...]:
+def _outputs(x: Inputs, heads: int, record: Recorder) -> list[Tensor]:
+    """q, k, v, eta, mu and the gate logits, not yet filled."""
     B, T = x.projected.shape[:2]
     device, dtype = x.projected.device, x.projected.dtype
-    wide = accumulator_dtype(dtype)
-    q, k, v = (torch.empty(B, T, heads, x.conv_weight.shape[0] // (3 * heads), dtype=dtype, device=device) for _ in range(3))
-    eta = torch.empty(B, T, heads, 3, dtype=wide, device=device)
-    mu = torch.empty(B, T, heads, dtype=wide, device=device)
-    return q, k, v, eta, mu, torch.empty(B, T, x.head_bias.shape[0] - 4 * heads, dtype=dtype, device=device)
+    head, wide = (heads, x.conv_weight.shape[0] // (3 * heads)), accumulator_dtype(dtype)
+    ends = *[(head, dtype)] * 3, ((heads, 3), wide), ((heads,), wide), ((x.head_bias.shape[0] - 4 * heads,), dtype)
+    return [record.result((B, T, *end), kind, device) for end, kind in ends]
 
 
 def _forward(x: Inputs, o: Options, active: Tensor | None, update: bool) -> tuple[Tensor, ...]:
     """`update`: the tail, contiguous, moves on in the rows that `active` names."""
+    given = *x, active
+    key = traits(given, "memory_input_fwd", o, update)
+    if (done := replay(key, given)) is not None:
+        return tuple(done)
     B, T = x.projected.shape[:2]
     device = x.projected.device
     channels, taps = x.conv_weight.shape
     W, columns = channels // (3 * o.heads), x.head_bias.shape[0]
-    outputs = _empty_outputs(x, o.heads)
+    record = Recorder(given)
+    outputs = _outputs(x, o.heads, record)
     if B * T == 0:
-        return outputs
+        return tuple(outputs)
     sequence, position = _places(x.cu_seqlens, T)
     unit, (s_b, s_t) = _in_units(*x.projected.stride()[:2])
     tail = x.tail if x.tail is None or update else x.tail.contiguous()
 
-    def run(config: Config) -> None:
+    def run(config: Config, record: Recorder) -> None:
         plan = _plan(B, T, o.heads, W, _STEP_FWD, 0, config, device)
         if update:
             plan = plan._replace(span=T, spans=1, programs=3 * plan.blocks * B)
@@ -110,10 +114,13 @@ def _forward(x: Inputs, o: Options, active: Tensor | None, update: bool) -> tupl
         args += [tail, active, sequence, position, T, plan.span, plan.spans, o.norm_eps, o.l2_eps, s_b, s_t, x.projected.stride(2)]
         args += [unit, o.heads, W, columns - 4 * o.heads, taps, update, o.silu, o.l2, plan.BR, plan.BW, *_HEADS]
         args.append(not interpreted(device))
-        launch_plain(memory_input_fwd_kernel, device, plan.programs, args, config.launch_options() | {"num_warps": plan.warps})
+        record.launch_plain(memory_input_fwd_kernel, device, plan.programs, args, config.launch_options() | {"num_warps": plan.warps})
 
-    run(choose("memory_input_fwd", _FWD, gpu_class(device), "rows", None if update else run))
-    return outputs
+    tried = Recorder(given)
+    tune = None if update else lambda config: run(config, tried)
+    run(choose("memory_input_fwd", _FWD, gpu_class(device), "rows", tune), record)
+    record.file(key)
+    return tuple(outputs)
 
 
 def launch_forward(x: Inputs, options: Options) -> tuple[Tensor, ...]:
@@ -133,27 +140,33 @@ def launch_backward(
 
     into: where that of `projected` goes, of its shape and dtype with columns side by side; None: into a tensor of its own.
     """
+    given = *gradients, *x, into
+    key = traits(given, "memory_input_bwd", o)
+    wanted = (x.projected if into is None else None), *x[1:5]
+    if (done := replay(key, given)) is not None:
+        found = iter(done)
+        first, *others = (None if t is None else next(found) for t in wanted)
+        return into if first is None else first, *others
     B, T = x.projected.shape[:2]
     device = x.projected.device
     channels, taps = x.conv_weight.shape
     W, columns = channels // (3 * o.heads), x.head_bias.shape[0]
-    grads = dprojected, dtaps, dbias, dq_norm, dk_norm = tuple(
-        None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device) if out is None else out
-        for t, out in zip(x[:5], (into, None, None, None, None), strict=True)
-    )
+    record = Recorder(given)
+    first, *others = (None if t is None else record.result(t.shape, t.dtype, device) for t in wanted)
+    grads = dprojected, dtaps, dbias, dq_norm, dk_norm = into if first is None else first, *others
     if B * T == 0:
         return tuple(None if g is None else g.zero_() for g in grads)
     sequence, position = _places(x.cu_seqlens, T)
     unit, (s_b, s_t, s_dx_b, s_dx_t) = _in_units(*x.projected.stride()[:2], *dprojected.stride()[:2])
     tail = None if x.tail is None else x.tail.contiguous()
 
-    def run(config: Config) -> None:
+    def run(config: Config, record: Recorder) -> None:
         plan = _plan(B, T, o.heads, W, _STEP_BWD, taps - 1, config, device)
         parts = B * plan.spans
-        tap_sums = torch.empty(parts, taps, channels, dtype=torch.float32, device=device)
-        norm_sums = None if x.q_norm is None else torch.empty(parts * plan.blocks, 2, plan.BW, dtype=torch.float32, device=device)
+        tap_sums = record.workspace(parts, taps, channels, dtype=torch.float32, device=device)
+        norm_sums = None if x.q_norm is None else record.workspace(parts * plan.blocks, 2, plan.BW, dtype=torch.float32, device=device)
         shares = plan.blocks if columns <= _HEADS[1] else 3 * plan.blocks
-        bias_sums = torch.empty(parts * shares, columns, dtype=torch.float32, device=device)
+        bias_sums = record.workspace(parts * shares, columns, dtype=torch.float32, device=device)
         args = [*gradients, x.projected, x.conv_weight.contiguous(), x.q_norm, x.k_norm, x.head_bias.contiguous(), dprojected]
         args += [tail, sequence, position, tap_sums, norm_sums, bias_sums]
         args += [T, plan.span, plan.spans, o.norm_eps, o.l2_eps, s_b, s_t, x.projected.stride(2)]
@@ -162,12 +175,14 @@ def launch_backward(
         args += [s_dx_b, s_dx_t, unit, o.heads, W, columns - 4 * o.heads, taps, o.silu, o.l2, plan.BR, plan.BW]
         args += [*_HEADS, not interpreted(device)]
         options = config.launch_options() | {"num_warps": plan.warps}
-        launch_plain(memory_input_bwd_kernel, device, plan.programs, args, options)
+        record.launch_plain(memory_input_bwd_kernel, device, plan.programs, args, options)
         widths = taps * channels, columns, 0 if norm_sums is None else 2 * plan.BW
         args = [tap_sums, norm_sums, bias_sums, dtaps, dq_norm, dk_norm, dbias, parts, parts * plan.blocks, parts * shares]
         args += [channels, W, columns, taps, plan.BW, _SUM_ROWS, _SUM_COLUMNS]
         programs = sum(-(-n // _SUM_COLUMNS) for n in widths)
-        launch_plain(memory_input_bwd_sums_kernel, device, programs, args, {"num_warps": _SUM_WARPS})
+        record.launch_plain(memory_input_bwd_sums_kernel, device, programs, args, {"num_warps": _SUM_WARPS})
 
-    run(choose("memory_input_bwd", _BWD, gpu_class(device), "rows", run))
+    tried = Recorder(given)
+    run(choose("memory_input_bwd", _BWD, gpu_class(device), "rows", lambda config: run(config, tried)), record)
+    record.file(key)
     return grads

@@ -11,7 +11,7 @@ SCRIPT = """
 import random
 import torch
 from allmem_ops.ops.fusion import launch as fusion
-from allmem_ops.ops.kernels import launcher
+from allmem_ops.ops.kernels import launcher, replay
 from allmem_ops.ops.memory_input import launch as memory_input
 from allmem_ops.ops.memory_input.reference import Inputs, Options
 from allmem_ops.ops.rotary import launch as rotary
@@ -19,7 +19,7 @@ from allmem_ops.testing.aot import absent_gpu
 
 seen, launches = {}, []
 
-def spy(kernel, device, programs, args, options):
+def spy(kernel, key, device, programs, args, options):
     *_, binder = kernel.device_caches[0]
     _, specialization, kept = binder(*args, **options)
     key = kernel.__name__, *map(launcher._argument_class, kernel.params, args), *options.values()
@@ -39,7 +39,7 @@ def draw(*shape, dtype=torch.float32, present=True):
     return torch.empty(shape, dtype=dtype)
 
 random.seed(0)
-fusion.launch_plain = memory_input.launch_plain = rotary.launch_plain = spy
+replay.launch = spy
 flip = lambda: random.random() < 0.5
 with absent_gpu("sm90"):
     for _ in range(200):
