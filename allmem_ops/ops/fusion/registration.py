@@ -18,36 +18,33 @@ MAX_HEAD_DIM = 8192
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("allmem_ops::gated_fusion_chunk", mutates_args=())
-def gated_fusion_chunk(
-    attn: Tensor | None, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float
-) -> Tensor:
-    return fusion_forward(attn, memory, alpha, gate, norm_weight, eps)
+_TENSORS = "Tensor memory, Tensor? alpha, Tensor? gate, Tensor? norm_weight, float eps"
+_FORWARD = f"(Tensor? attn, {_TENSORS}) -> Tensor"
+_BACKWARD = f"(Tensor dy, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor)"
 
 
-@torch.library.custom_op("allmem_ops::gated_fusion_chunk_bwd", mutates_args=())
-def gated_fusion_chunk_bwd(
-    dy: Tensor, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _present(dy, fusion_backward(dy, memory, alpha, gate, norm_weight, eps))
+@torch.library.custom_op("allmem_ops::gated_fusion_chunk", mutates_args=(), schema=_FORWARD)
+def gated_fusion_chunk(*args: Any) -> Tensor:
+    return fusion_forward(*args)
 
 
-@torch.library.custom_op("allmem_ops::gated_fusion_triton", mutates_args=())
-def gated_fusion_triton(
-    attn: Tensor | None, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float
-) -> Tensor:
+@torch.library.custom_op("allmem_ops::gated_fusion_chunk_bwd", mutates_args=(), schema=_BACKWARD)
+def gated_fusion_chunk_bwd(*args: Any) -> Grads:
+    return _present(args[0], fusion_backward(*args))
+
+
+@torch.library.custom_op("allmem_ops::gated_fusion_triton", mutates_args=(), schema=_FORWARD)
+def gated_fusion_triton(*args: Any) -> Tensor:
     from allmem_ops.ops.fusion.launch import launch_forward
 
-    return launch_forward(attn, memory, alpha, gate, norm_weight, eps)
+    return launch_forward(*args)
 
 
-@torch.library.custom_op("allmem_ops::gated_fusion_triton_bwd", mutates_args=())
-def gated_fusion_triton_bwd(
-    dy: Tensor, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op("allmem_ops::gated_fusion_triton_bwd", mutates_args=(), schema=_BACKWARD)
+def gated_fusion_triton_bwd(*args: Any) -> Grads:
     from allmem_ops.ops.fusion.launch import launch_backward
 
-    return _present(dy, launch_backward(dy, memory, alpha, gate, norm_weight, eps))
+    return _present(args[0], launch_backward(*args))
 
 
 def _present(dy: Tensor, grads: tuple[Tensor | None, ...]) -> Grads:
@@ -55,12 +52,12 @@ def _present(dy: Tensor, grads: tuple[Tensor | None, ...]) -> Grads:
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
-def _fake(attn: Tensor | None, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float) -> Tensor:
+def _fake(attn: Tensor | None, memory: Tensor, *_: Any) -> Tensor:
     return memory.flatten(2).new_empty(memory.flatten(2).shape, dtype=memory.dtype if attn is None else attn.dtype)
 
 
-def _fake_bwd(dy: Tensor, memory: Tensor, alpha: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, eps: float) -> Grads:
-    return _present(dy, tuple(None if x is None else x.new_empty(x.shape) for x in (memory, alpha, gate, norm_weight)))
+def _fake_bwd(dy: Tensor, *args: Any) -> Grads:
+    return _present(dy, tuple(None if x is None else x.new_empty(x.shape) for x in args[:4]))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor | None) -> None:

@@ -18,53 +18,39 @@ MAX_HEAD_DIM = 2048
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("allmem_ops::rotary_chunk", mutates_args=())
-def rotary_chunk(
-    qkv: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, heads: int, heads_kv: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return rotary_forward(qkv, cos, sin, q_norm, k_norm, heads, heads_kv, eps)
+_TURN = "Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm"
+_FORWARD = f"(Tensor qkv, {_TURN}, int heads, int heads_kv, float eps) -> (Tensor, Tensor, Tensor)"
+_BACKWARD = f"(Tensor dq, Tensor dk, Tensor dv, Tensor? qkv, {_TURN}, float eps) -> (Tensor, Tensor, Tensor)"
 
 
-@torch.library.custom_op("allmem_ops::rotary_chunk_bwd", mutates_args=())
-def rotary_chunk_bwd(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    qkv: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _present(dq, rotary_backward(dq, dk, dv, qkv, cos, sin, q_norm, k_norm, eps))
+@torch.library.custom_op("allmem_ops::rotary_chunk", mutates_args=(), schema=_FORWARD)
+def rotary_chunk(*args: Any) -> Outputs:
+    return rotary_forward(*args)
 
 
-@torch.library.custom_op("allmem_ops::rotary_triton", mutates_args=())
-def rotary_triton(
-    qkv: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, heads: int, heads_kv: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("allmem_ops::rotary_chunk_bwd", mutates_args=(), schema=_BACKWARD)
+def rotary_chunk_bwd(*args: Any) -> Outputs:
+    return _present(args[0], rotary_backward(*args))
+
+
+def _launch(qkv: Tensor, *inputs: Any) -> Outputs:
     from allmem_ops.ops.rotary.launch import launch_forward
 
-    v = qkv[:, :, heads + heads_kv :]
-    return *launch_forward(qkv, cos, sin, q_norm, k_norm, heads, heads_kv, eps), v.clone(memory_format=torch.contiguous_format)
+    heads, heads_kv = inputs[4:6]
+    return *launch_forward(qkv, *inputs), qkv[:, :, heads + heads_kv :]
 
 
-@torch.library.custom_op("allmem_ops::rotary_triton_bwd", mutates_args=())
-def rotary_triton_bwd(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    qkv: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("allmem_ops::rotary_triton", mutates_args=(), schema=_FORWARD)
+def rotary_triton(qkv: Tensor, *args: Any) -> Outputs:
+    q, k, v = _launch(qkv, *args)
+    return q, k, v.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("allmem_ops::rotary_triton_bwd", mutates_args=(), schema=_BACKWARD)
+def rotary_triton_bwd(*args: Any) -> Outputs:
     from allmem_ops.ops.rotary.launch import launch_backward
 
-    return _present(dq, launch_backward(dq, dk, dv, qkv, cos, sin, q_norm, k_norm, eps))
+    return _present(args[0], launch_backward(*args))
 
 
 def _present(like: Tensor, grads: tuple[Tensor | None, ...]) -> Outputs:
@@ -72,27 +58,16 @@ def _present(like: Tensor, grads: tuple[Tensor | None, ...]) -> Outputs:
     return tuple(like.new_empty(0) if g is None else g for g in grads)
 
 
-def _fake(
-    qkv: Tensor, _cos: Tensor, _sin: Tensor, _q_norm: Tensor | None, _k_norm: Tensor | None, heads: int, heads_kv: int, _: float
-) -> Outputs:
+def _fake(qkv: Tensor, *args: Any) -> Outputs:
     B, T, _, D = qkv.shape
+    heads, heads_kv = args[4:6]
     return tuple(qkv.new_empty((B, T, n, D)) for n in (heads, heads_kv, heads_kv))
 
 
-def _fake_bwd(
-    dq: Tensor,
-    dk: Tensor,
-    _dv: Tensor,
-    _qkv: Tensor | None,
-    _cos: Tensor,
-    _sin: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    _: float,
-) -> Outputs:
+def _fake_bwd(dq: Tensor, dk: Tensor, *args: Any) -> Outputs:
     B, T, heads, D = dq.shape
     dqkv = dq.new_empty((B, T, heads + 2 * dk.shape[2], D))
-    return _present(dq, (dqkv, *(None if x is None else x.new_empty(x.shape) for x in (q_norm, k_norm))))
+    return _present(dq, (dqkv, *(None if x is None else x.new_empty(x.shape) for x in args[4:6])))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Outputs | None) -> None:
@@ -113,13 +88,6 @@ for _forward, _backward in ((rotary_chunk, rotary_chunk_bwd), (rotary_triton, ro
     _forward.register_fake(_fake)
     _backward.register_fake(_fake_bwd)
     _forward.register_autograd(_autograd(_backward), setup_context=_setup_context)
-
-
-def _launch(qkv: Tensor, *inputs: Any) -> Outputs:
-    from allmem_ops.ops.rotary.launch import launch_forward
-
-    heads, heads_kv = inputs[4:6]
-    return *launch_forward(qkv, *inputs), qkv[:, :, heads + heads_kv :]
 
 
 class _Direct(torch.autograd.Function):
