@@ -9,7 +9,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from allmem_ops.ops.kernels.configs import Config, Table, choose
 from allmem_ops.ops.kernels.device import interpreted, sm_count
-from allmem_ops.ops.kernels.launcher import launch, pointer_class, stride_class, unchecked
+from allmem_ops.ops.kernels.launcher import pointer_class, stride_class, unchecked
 from allmem_ops.ops.swa.kernels.bwd import swa_bwd_out_kernel, swa_bwd_rows_kernel
 from allmem_ops.ops.swa.kernels.hopper_bwd import swa_bwd_hopper_kernel
 from allmem_ops.ops.swa.launch import LOG2E, describable
@@ -49,8 +49,8 @@ def serves(call: "Call") -> bool:
 def fill_rows(call: "Call", o: Tensor, lse: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
     """Write `call.rows` as the Hopper kernel reads them; returns (what it counts with, where it sums up dq)."""
     P, do, cu_seqlens = call.rows.shape[3], call.do, call.cu_seqlens
-    acc = torch.empty(call.B, call.HQ, call.Tq, call.D, dtype=torch.float32, device=do.device)
-    turn = torch.empty(1 + call.B * call.HQ * (P // ROWS), dtype=torch.int32, device=do.device)
+    acc = call.record.workspace(call.B, call.HQ, call.Tq, call.D, dtype=torch.float32, device=do.device)
+    turn = call.record.workspace(1 + call.B * call.HQ * (P // ROWS), dtype=torch.int32, device=do.device)
     args = (
         o,
         do,
@@ -75,7 +75,7 @@ def fill_rows(call: "Call", o: Tensor, lse: Tensor, dlse: Tensor) -> tuple[Tenso
         ROWS,
     )
     key = call.D, *map(pointer_class, (o, do, lse, dlse, cu_seqlens)), stride_class(o), stride_class(do)
-    launch(swa_bwd_rows_kernel, key, do.device, P // ROWS * call.HQ * call.B, args, _SMALL)
+    call.record.launch(swa_bwd_rows_kernel, key, do.device, P // ROWS * call.HQ * call.B, args, _SMALL)
     return turn, acc
 
 
@@ -87,7 +87,7 @@ def pairs(call: "Call", turn: Tensor, acc: Tensor, dk: Tensor, dv: Tensor, far: 
     heads, in_turn = _order(call)
     sink_tiles = -(-call.sinks // KEYS)
     ranges = far.splits * sink_tiles if sinks else 0
-    done = torch.zeros(call.B * sink_tiles * call.HK, dtype=torch.int32, device=dk.device) if sinks else turn
+    done = call.record.workspace(call.B * sink_tiles * call.HK, dtype=torch.int32, device=dk.device, zero=True) if sinks else turn
     k = _descriptor(call.k, [1, ROWS, 1, D])
     args = (
         _descriptor(call.q, [1, ROWS, 1, D]),
@@ -128,13 +128,13 @@ def pairs(call: "Call", turn: Tensor, acc: Tensor, dk: Tensor, dv: Tensor, far: 
     options = config.launch_options()
     strides = [s < 2**31 for s in dk.stride()[:3]]
     key = (dk.dtype, D, sinks, *config.constants.values(), *options.values(), *strides, pointer_class(call.cu_seqlens))
-    launch(swa_bwd_hopper_kernel, key, dk.device, (slots + ranges) * call.HK * call.B, args, options)
+    call.record.launch(swa_bwd_hopper_kernel, key, dk.device, (slots + ranges) * call.HK * call.B, args, options)
 
 
 def round_dq(call: "Call", acc: Tensor, dq: Tensor) -> None:
     """Write dq from `acc`, where no far sinks come to it."""
     args = (acc, dq, call.Tq, call.scale, call.B, call.HQ, call.D, ROWS)
-    launch(swa_bwd_out_kernel, (dq.dtype, call.D), dq.device, -(-call.Tq // ROWS) * call.HQ * call.B, args, _SMALL)
+    call.record.launch(swa_bwd_out_kernel, (dq.dtype, call.D), dq.device, -(-call.Tq // ROWS) * call.HQ * call.B, args, _SMALL)
 
 
 def _order(call: "Call") -> tuple[int, int]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from allmem_ops import swa
 from allmem_ops.ops.kernels.configs import Config
-from allmem_ops.ops.swa import launch_bwd, launch_bwd_hopper
+from allmem_ops.ops.swa import launch_bwd, launch_bwd_hopper, replay
 from allmem_ops.ops.swa.chunk import swa_chunk_backward, swa_chunk_forward
 from allmem_ops.ops.swa.kernels import bwd, hopper_bwd
 from allmem_ops.ops.swa.launch_bwd import swa_triton_backward
@@ -27,6 +27,12 @@ HALF = (torch.bfloat16, 128) if CUDA else (torch.float16, 16)
 NAMES = ("dq", "dk", "dv", "dq_sinks")
 gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 cpu = pytest.mark.skipif(CUDA, reason="a GPU runs the kernel itself")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    """Each test's first call works out what it launches: it may have set something that does not show in the arguments."""
+    monkeypatch.setattr(replay, "_replays", {})
 
 
 def make(Tq, Tk=None, *, B=1, HQ=2, HK=1, D=16, far=False, dtype=torch.float32):
