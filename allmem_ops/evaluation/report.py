@@ -177,7 +177,7 @@ def picture(found: dict[str, Any], path: Path) -> Path | None:
         draws.append(lambda axis, gaps=gaps, name=name: _draw_buckets(axis, style, gaps, "KL to full attention, nats a token", name))
     if found.get("long"):
         losses = {key: arm["loss"] for key, arm in found["long"]["arms"].items()}
-        draws.append(lambda axis: _draw_buckets(axis, style, losses, "loss, nats a token", "beyond the trained length"))
+        draws.append(lambda axis: _draw_long(axis, style, losses))
     for kind in dict.fromkeys(entry["kind"] for entry in found.get("needles") or ()):
         draws.append(lambda axis, kind=kind: _draw_needles(axis, style, found["needles"], kind))
     if found.get("speed"):
@@ -226,6 +226,17 @@ def _draw_buckets(axis: Any, style: dict[str, dict[str, Any]], by_arm: dict[str,
         axis.plot(range(len(found)), list(found.values()), **style[key])
     axis.set(xlabel="positions", ylabel=label, title=title)
     axis.set_xticks(range(len(names)), names, rotation=30, fontsize=8)
+
+
+def _draw_long(axis: Any, style: dict[str, dict[str, Any]], losses: dict[str, dict[str, float]]) -> None:
+    """Full attention leaves its range and would press the others together: the axis ends a little above them."""
+    title = "beyond the trained length"
+    others = [value for key, found in losses.items() if key != FULL for value in found.values()]
+    highest = max(losses.get(FULL, {"": 0.0}).values())
+    if others and highest > (top := 1.1 * max(others)):
+        axis.set_ylim(0.95 * min(others), top)
+        title += f" (full attention: up to {highest:.1f})"
+    _draw_buckets(axis, style, losses, "loss, nats a token", title)
 
 
 def _draw_needles(axis: Any, style: dict[str, dict[str, Any]], needles: list[dict[str, Any]], kind: str) -> None:
