@@ -96,6 +96,9 @@ def run(arguments: Sequence[str] | None = None) -> Any:
     if options.loss == "all":
         rows.mask = None
     accelerator = Accelerator(cpu=options.cpu)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:  # DeepSpeed asks, and there is no DataLoader that it could read it from
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch
     processes = accelerator.num_processes
     rows_per_step = options.batch * processes
     steps = options.steps or math.ceil(options.tokens / (rows_per_step * rows.length))

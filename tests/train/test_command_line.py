@@ -116,7 +116,8 @@ def two_processes(script, options, **environment):
     """What `script` says in two processes on this machine's CPU."""
     # accelerate's own launcher starts several CPU processes only through MPI; what torchrun starts, it takes over
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     command = [*launch, str(ROOT / "tests/train" / script), *options]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -159,6 +160,28 @@ def test_parameters_sharded_over_two_processes_break_off_and_go_on(place, whole)
     assert [x["kl"] for x in log(output)] == pytest.approx([x["kl"] for x in whole], rel=1e-5)
     trained, same = (
         load_memory(load_causal_lm(place / "model", dtype=torch.float32), place / name / "memory") for name in ("sharded", "whole")
+    )
+    for p, q in zip(memory_parameters(trained).values(), memory_parameters(same).values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+def test_zero2_over_two_processes_breaks_off_and_goes_on(place, whole):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is no part of the extras; on a CPU it first builds an operator, for minutes")
+    output = place / "zero2"
+    environment = {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+        "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    for _ in range(20):
+        done = two_processes("zero2.py", arguments(place, output, "--seconds", 0.3, batch=1), **environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("by ZeRO-2") == 2
+        if "the memory is in" in done.stdout:
+            break
+    for name in ("kl", "grad_norm"):
+        assert [x[name] for x in log(output)] == pytest.approx([x[name] for x in whole], rel=1e-4)
+    trained, same = (
+        load_memory(load_causal_lm(place / "model", dtype=torch.float32), place / name / "memory") for name in ("zero2", "whole")
     )
     for p, q in zip(memory_parameters(trained).values(), memory_parameters(same).values(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
