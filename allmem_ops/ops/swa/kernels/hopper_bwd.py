@@ -172,11 +172,8 @@ def _step(slot, phase, SLOTS: gl.constexpr):
 
 @gluon.jit
 def _clear(s_x, left, COLUMNS: gl.constexpr, WIDTH: gl.constexpr):
-    """Zero the rows of a tile from `left` on, which are another sequence's: its p and dS are 0, but 0 * NaN is not.
-
-    A period of the swizzle, eight rows of a panel of WIDTH columns, at a time. Both warpgroups clear what both read, each before it reads.
-    """
-    LINES: gl.constexpr = gl.BlockedLayout([1, WIDTH // 16], [2, 16], [4, 1], [1, 0])
+    """Zero the rows of a tile from `left` on, by one warp: a period of the swizzle, eight rows of a panel of WIDTH columns, at a time."""
+    LINES: gl.constexpr = gl.BlockedLayout([1, WIDTH // 16], [2, 16], [1, 1], [1, 0])
     pieces = view(s_x, s_x.dtype, [COLUMNS // WIDTH * ROWS // 8, 8, WIDTH], s_x.layout)
     o_r = gl.arange(0, 8, gl.SliceLayout(1, LINES))
     for n in range(gl.maximum(left, 0) // 8, ROWS // 8):
@@ -186,27 +183,40 @@ def _clear(s_x, left, COLUMNS: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _load_warp(x, buffers, barriers, place, G, D: gl.constexpr, STAGES: gl.constexpr):
+def _load_warp(x, buffers, barriers, place, Tk, G, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr):
+    """Loads; and of a packed sequence's last tiles it zeroes the rows of the next sequence: their p and dS are 0, but 0 * NaN is not.
+
+    Such a tile arrives at a barrier of this warp's own, the last of its ring, and is passed on when it is clean.
+    """
     q, k, v, do, rows, _acc, _dk, _dv, k_half = x
     s_q, s_do, s_k, s_v, s_rows, _s_ds, _s_dq, s_half = buffers
-    k_full, v_full, q_full, q_free, do_full, do_free, _ds_full, _dq_full, _dq_free = barriers
+    kv_full, q_full, q_free, do_full, do_free, _ds_full, _dq_full, _dq_free = barriers
     i_b, i_h, _i_n, j0, inner, last, count, begin, r0, in_turn = place
     QUERY_BYTES: gl.constexpr = ROWS * D * 2 + ROWS * 4
     KEY_BYTES: gl.constexpr = KEYS * D * 2
     VALUE_BYTES: gl.constexpr = KEYS * 256  # of V, and at D = 64 of K once more
+    k_full, v_full = kv_full.index(0), kv_full.index(1)
+    if PACKED:
+        k_full = kv_full.index(gl.where(Tk - j0 < KEYS, 2, 0))
+        v_full = kv_full.index(gl.where(Tk - j0 < KEYS, 2, 1))
     if count > 0:
         mbarrier.expect(k_full, KEY_BYTES)
         for w in gl.static_range(2):
             tma_load(k, [i_b, begin + j0 + w * ROWS, i_h, 0], k_full, view(s_k.index(w), k.dtype, [1, ROWS, 1, D], k.layout))
     i_x, i_y = -1 + 0 * last, 0 * last
     stage, phase = 0 * last, 1 + 0 * last
+    cuts = 0 * last
     for t in range(count):
         i_x, i_y = _next(i_x, i_y, inner)
         i_m, i_g = _tile(i_x, i_y, last, in_turn)
         i_hq = i_h * G + i_g
         row = begin + i_m * ROWS
+        left = Tk - i_m * ROWS
+        arrival = stage
+        if PACKED:
+            arrival = gl.where(left < ROWS, STAGES, stage)
         mbarrier.wait(q_free.index(stage), phase)
-        full = q_full.index(stage)
+        full = q_full.index(arrival)
         mbarrier.expect(full, QUERY_BYTES)
         tma_load(q, [i_b, row, i_hq, 0], full, view(s_q.index(stage), q.dtype, [1, ROWS, 1, D], q.layout))
         tma_load(rows, [0, i_b, i_hq, r0 + i_m * ROWS], full, view(s_rows.index(2 * stage), gl.float32, [1, 1, 1, ROWS], rows.layout))
@@ -219,25 +229,48 @@ def _load_warp(x, buffers, barriers, place, G, D: gl.constexpr, STAGES: gl.const
                     half = view(s_half.index(n), k.dtype, [1, ROWS, 1, 32], k_half.layout)
                     tma_load(k_half, [i_b, begin + j0 + n // 2 * ROWS, i_h, n % 2 * 32], v_full, half)
         mbarrier.wait(do_free.index(stage), phase)
-        full = do_full.index(stage)
+        full = do_full.index(arrival)
         mbarrier.expect(full, QUERY_BYTES)
         tma_load(do, [i_b, row, i_hq, 0], full, view(s_do.index(stage), do.dtype, [1, ROWS, 1, D], do.layout))
         tma_load(rows, [1, i_b, i_hq, r0 + i_m * ROWS], full, view(s_rows.index(2 * stage + 1), gl.float32, [1, 1, 1, ROWS], rows.layout))
+        if PACKED:
+            if (t == 0) & (Tk - j0 < KEYS):
+                mbarrier.wait(kv_full.index(2), 0)
+                for w in gl.static_range(2):
+                    _clear(s_v.index(w), Tk - j0 - w * ROWS, D, 64)
+                    if D == 64:
+                        _clear(s_half.index(2 * w), Tk - j0 - w * ROWS, 32, 32)
+                        _clear(s_half.index(2 * w + 1), Tk - j0 - w * ROWS, 32, 32)
+                    else:
+                        _clear(s_k.index(w), Tk - j0 - w * ROWS, D, 64)
+                fence_async_shared()
+                mbarrier.arrive(kv_full.index(0), count=1)
+                mbarrier.arrive(kv_full.index(1), count=1)
+            if left < ROWS:
+                mbarrier.wait(q_full.index(STAGES), cuts)
+                _clear(s_q.index(stage), left, D, 64)
+                mbarrier.wait(do_full.index(STAGES), cuts)
+                _clear(s_do.index(stage), left, D, 64)
+                fence_async_shared()
+                mbarrier.arrive(q_full.index(stage), count=1)
+                mbarrier.arrive(do_full.index(stage), count=1)
+                cuts ^= 1
         stage, phase = _step(stage, phase, STAGES)
 
 
 @gluon.jit
 def _add_warp(
-    x, buffers, barriers, place, turn, start, window, sinks, tiles, whole, HQ, G, D: gl.constexpr, SLOTS: gl.constexpr, SINKS: gl.constexpr
-):
-    """Adds each part of dq to `acc` in its turn; the first key tile of a query tile, one of the `whole` first, stores it.
+    x, buffers, barriers, place, turn, start, window, sinks, tiles, Tk, HQ, G, D: gl.constexpr, SLOTS: gl.constexpr, SINKS: gl.constexpr,
+    PACKED: gl.constexpr,
+):  # fmt: skip
+    """Adds each part of dq to `acc` in its turn; the first key tile of a query tile stores it.
 
-    A packed sequence's last tile ends among the next one's queries. There it adds zeros, which change nothing at any time; for its own
-    queries zeros are there (`swa_bwd_rows_kernel`).
+    A packed sequence's last tile ends among the next one's queries. There it adds zeros (what comes as 0 * NaN too), which
+    change nothing at any time, and does not store; for its own queries zeros are there (`swa_bwd_rows_kernel`).
     """
     _q, _k, _v, _do, _rows, acc, _dk, _dv, _k_half = x
     _s_q, _s_do, _s_k, _s_v, _s_rows, _s_ds, s_dq, _s_half = buffers
-    _k_full, _v_full, _q_full, _q_free, _do_full, _do_free, _ds_full, dq_full, dq_free = barriers
+    _kv_full, _q_full, _q_free, _do_full, _do_free, _ds_full, dq_full, dq_free = barriers
     i_b, i_h, i_n, _j0, inner, last, count, begin, r0, in_turn = place
     Tq, sink_tiles, range_ = sinks
     turn += 1 + (i_b * HQ + i_h * G).to(gl.int64) * tiles + r0 // ROWS
@@ -256,8 +289,15 @@ def _add_warp(
         _await_turn(p_turn, rank, seen)
         for w in gl.static_range(2):
             mbarrier.wait(dq_full.index(slot * 2 + w), phase)
+            first = rank == 0
+            if PACKED:
+                left = Tk - i_m * ROWS
+                first &= left >= ROWS
+                if left < ROWS:
+                    _clear(s_dq.index(slot * 2 + w), left, D // 2, 32)
+                    fence_async_shared()
             b_dq = view(s_dq.index(slot * 2 + w), gl.float32, [1, 1, ROWS, D // 2], acc.layout)
-            if (rank == 0) & (i_m < whole):
+            if first:
                 tma_store(acc, [i_b, i_hq, row, w * (D // 2)], b_dq)
             else:
                 tma_add(acc, [i_b, i_hq, row, w * (D // 2)], b_dq)
@@ -327,18 +367,10 @@ def _put_sums(
 
 
 @gluon.jit
-def _scores(
-    s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, left, QUERIES: gl.constexpr, W: gl.constexpr, D: gl.constexpr,
-    PACKED: gl.constexpr,
-):  # fmt: skip
+def _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES: gl.constexpr, W: gl.constexpr):
     """S^T - lse / scale and dP^T - delta of a tile, in flight. As what the products start from, lse and delta keep no registers."""
     mbarrier.wait(q_full.index(stage), phase)
     mbarrier.wait(do_full.index(stage), phase)
-    if PACKED:
-        if left < ROWS:
-            _clear(s_q.index(stage), left, D, 64)
-            _clear(s_do.index(stage), left, D, 64)
-            fence_async_shared()
     b_s = s_rows.index(2 * stage).load(QUERIES)[None, :] - none
     b_dp = s_rows.index(2 * stage + 1).load(QUERIES)[None, :] - none
     # [64, D] @ [D, 64] -> [64, 64]
@@ -346,28 +378,6 @@ def _scores(
     # [64, D] @ [D, 64] -> [64, 64]
     b_dp = warpgroup_mma(s_v.index(W), s_do.index(stage).permute((1, 0)), b_dp, is_async=True)
     return b_s, b_dp
-
-
-@gluon.jit
-def _clear_keys(s_k, s_v, s_half, left, count, D: gl.constexpr, W: gl.constexpr):
-    """Zero another sequence's values, and its keys that dq is made of: the other warpgroup reads these after a dS of this one."""
-    if (left < ROWS) & (count > 0):
-        _clear(s_v.index(W), left, D, 64)
-        if D == 64:
-            for w in gl.static_range(2):
-                _clear(s_half.index(2 * W + w), left, 32, 32)
-        else:
-            _clear(s_k.index(W), left, D, 64)
-        fence_async_shared()
-
-
-@gluon.jit
-def _cut(b_dq, left, LAYOUT: gl.constexpr, PACKED: gl.constexpr):
-    """Zeros for the queries of another sequence: 0 * NaN is NaN there too."""
-    if PACKED:
-        if left < ROWS:
-            b_dq = gl.where((gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) < left)[:, None], b_dq, 0.0)
-    return b_dq
 
 
 @gluon.jit
@@ -407,11 +417,10 @@ def _warpgroup_128(
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
     SINKS: gl.constexpr,
-    PACKED: gl.constexpr,
 ):
     """64 keys of head dim 128: their dk and dv, and one half of dq's columns. The last product runs while dq is on its way."""
-    s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq, s_half = buffers
-    k_full, v_full, q_full, q_free, do_full, do_free, ds_full, dq_full, dq_free = barriers
+    s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq, _s_half = buffers
+    kv_full, q_full, q_free, do_full, do_free, ds_full, dq_full, dq_free = barriers
     _i_b, _i_h, _i_n, j0, inner, last, count, _begin, _r0, in_turn = place
     start, Tk = masks[2], masks[3]
     dtype: gl.constexpr = x[0].dtype
@@ -428,10 +437,8 @@ def _warpgroup_128(
     b_dk = gl.zeros([ROWS, 128], gl.float32, SUMS)
     b_dv = gl.zeros([ROWS, 128], gl.float32, SUMS)
     none = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
-    mbarrier.wait(k_full, 0, pred=count > 0)
-    mbarrier.wait(v_full, 0, pred=count > 0)
-    if PACKED:
-        _clear_keys(s_k, s_v, s_half, Tk - j0 - W * ROWS, count, 128, W)
+    mbarrier.wait(kv_full.index(0), 0, pred=count > 0)
+    mbarrier.wait(kv_full.index(1), 0, pred=count > 0)
     i_x, i_y = -1 + 0 * last, 0 * last
     stage, phase = 0 * last, 0 * last
     slot, ring = 0 * last, 0 * last
@@ -439,8 +446,7 @@ def _warpgroup_128(
     for _ in range(count):
         i_x, i_y = _next(i_x, i_y, inner)
         i_m, _ = _tile(i_x, i_y, last, in_turn)
-        left = Tk - i_m * ROWS
-        b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, left, QUERIES, W, 128, PACKED)
+        b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES, W)
         b_p, b_ds = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 0, SINKS)
         b_p = gl.convert_layout(b_p, LEFT, assert_trivial=True)
         # Two slots in turn: whoever writes here has seen the other warpgroup's dS of the last tile, so its dq of the one before is done.
@@ -460,7 +466,7 @@ def _warpgroup_128(
         mbarrier.wait(dq_free.index(out * 2 + W), passed)
         b_dq, b_dv, b_p = warpgroup_mma_wait(1, deps=(b_dq, b_dv, b_p))
         mbarrier.arrive(do_free.index(stage), count=1)
-        s_dq.index(out * 2 + W).store(_cut(b_dq, left, SCORES, PACKED))
+        s_dq.index(out * 2 + W).store(b_dq)
         fence_async_shared()
         mbarrier.arrive(dq_full.index(out * 2 + W), count=1)
         b_dk, b_ds = warpgroup_mma_wait(0, deps=(b_dk, b_ds))
@@ -490,11 +496,10 @@ def _sums_64(b_p, b_ds, b_dv, b_dk, s_q, s_do, s_ds, s_half, ds_full, stage, slo
 @gluon.jit
 def _warpgroup_64(
     x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, W: gl.constexpr, STAGES: gl.constexpr, SINKS: gl.constexpr,
-    PACKED: gl.constexpr,
 ):  # fmt: skip
     """The same for head dim 64, where registers are left for a tile's sums to run under the next tile's exponentials."""
     s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq, s_half = buffers
-    k_full, v_full, q_full, q_free, do_full, do_free, ds_full, dq_full, dq_free = barriers
+    kv_full, q_full, q_free, do_full, do_free, ds_full, dq_full, dq_free = barriers
     _i_b, _i_h, _i_n, j0, inner, last, count, _begin, _r0, in_turn = place
     start, Tk = masks[2], masks[3]
     dtype: gl.constexpr = x[0].dtype
@@ -508,18 +513,14 @@ def _warpgroup_64(
     b_dk = gl.zeros([ROWS, 64], gl.float32, SUMS)
     b_dv = gl.zeros([ROWS, 64], gl.float32, SUMS)
     none = gl.zeros([ROWS, ROWS], gl.float32, SUMS)
-    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
     if count > 0:
-        mbarrier.wait(k_full, 0)
-        mbarrier.wait(v_full, 0)
-        if PACKED:
-            _clear_keys(s_k, s_v, s_half, Tk - j0 - W * ROWS, count, 64, W)
+        mbarrier.wait(kv_full.index(0), 0)
+        mbarrier.wait(kv_full.index(1), 0)
         i_x, i_y = 0 * last, 0 * last
         stage, phase = 0 * last, 0 * last
         slot, ring = 0 * last, 0 * last
         i_m, _ = _tile(i_x, i_y, last, in_turn)
-        left = Tk - i_m * ROWS
-        b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, left, QUERIES, W, 64, PACKED)
+        b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES, W)
         b_p, b_ds = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 0, SINKS)
         s_ds.index(W).store(b_ds)
         fence_async_shared()
@@ -529,16 +530,16 @@ def _warpgroup_64(
         for _ in range(1, count):
             i_x, i_y = _next(i_x, i_y, inner)
             i_m, _ = _tile(i_x, i_y, last, in_turn)
-            before, left_before, left = stage, left, Tk - i_m * ROWS
+            before = stage
             stage, phase = _step(stage, phase, STAGES)
-            b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, left, QUERIES, W, 64, PACKED)
+            b_s, b_dp = _scores(s_q, s_do, s_k, s_v, s_rows, q_full, do_full, stage, phase, none, QUERIES, W)
             b_dv, b_dk, b_dq = _sums_64(b_p, b_ds, b_dv, b_dk, s_q, s_do, s_ds, s_half, ds_full, before, slot, ring, W)
             b_p1, b_ds1 = _softmax(b_s, b_dp, i_m, o_m, o_j, masks, scale_log2, dtype, 4, SINKS)
             mbarrier.wait(dq_free.index(slot * 2 + W), ring ^ 1)
             b_dq, b_dv, b_dk, b_p, b_ds = warpgroup_mma_wait(0, deps=(b_dq, b_dv, b_dk, b_p, b_ds))
             mbarrier.arrive(do_free.index(before), count=1)
             mbarrier.arrive(q_free.index(before), count=1)
-            s_dq.index(slot * 2 + W).store(_cut(b_dq, left_before, PART, PACKED))
+            s_dq.index(slot * 2 + W).store(b_dq)
             before = slot
             slot, ring = _step(slot, ring, 2)
             # Whoever writes here has seen the other warpgroup's dS of the last tile, so its dq of the one before is done.
@@ -551,7 +552,7 @@ def _warpgroup_64(
         b_dv, b_dk, b_dq = _sums_64(b_p, b_ds, b_dv, b_dk, s_q, s_do, s_ds, s_half, ds_full, stage, slot, ring, W)
         mbarrier.wait(dq_free.index(slot * 2 + W), ring ^ 1)
         b_dq, b_dv, b_dk, b_p, b_ds = warpgroup_mma_wait(0, deps=(b_dq, b_dv, b_dk, b_p, b_ds))
-        s_dq.index(slot * 2 + W).store(_cut(b_dq, left, PART, PACKED))
+        s_dq.index(slot * 2 + W).store(b_dq)
         fence_async_shared()
         mbarrier.arrive(dq_full.index(slot * 2 + W), count=1)
     _put_sums(x, outputs, s_v.index(W), place, Tk, parts, scale, b_dk, b_dv, 64, W, SUMS, SINKS)
@@ -675,12 +676,10 @@ def swa_bwd_hopper_kernel(
         i_n = gl.where(far, i_n // splits, i_n)
     begin = 0
     r0 = 0
-    whole = tiles
     i_f = i_b
     if cu_seqlens is not None:
         sequence, begin, Tk, i_n = _sequence_of_slot(cu_seqlens, sequences, Tk, i_n)
         Tq = Tk
-        whole = Tk // ROWS
         r0 = (begin // ROW_TILE + sequence) * ROW_TILE
         i_f = gl.where(far_slots == sequences, sequence, begin // (window + 1))
     start = Tk - Tq
@@ -718,10 +717,10 @@ def swa_bwd_hopper_kernel(
     s_rows = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], LINE)
     s_ds = gl.allocate_shared_memory(dtype, [4, ROWS, ROWS], HALF)
     s_dq = gl.allocate_shared_memory(gl.float32, [2 * SLOTS, ROWS, D // 2], gl.NVMMASharedLayout(128, 32, 2))
-    kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    kv_full = gl.allocate_shared_memory(gl.int64, [3, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], BARRIER)
     q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], BARRIER)
     do_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     dq_full = gl.allocate_shared_memory(gl.int64, [2 * SLOTS, 1], BARRIER)
@@ -729,10 +728,12 @@ def swa_bwd_hopper_kernel(
     for i in gl.static_range(2):
         mbarrier.init(kv_full.index(i), count=1)
         mbarrier.init(ds_full.index(i), count=2)
-    for i in gl.static_range(STAGES):
+    mbarrier.init(kv_full.index(2), count=2)
+    for i in gl.static_range(STAGES + 1):
         mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_free.index(i), count=2)
         mbarrier.init(do_full.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_free.index(i), count=2)
         mbarrier.init(do_free.index(i), count=2)
     for i in gl.static_range(2 * SLOTS):
         mbarrier.init(dq_full.index(i), count=1)
@@ -740,7 +741,7 @@ def swa_bwd_hopper_kernel(
     fence_async_shared()
     x = (q, k, v, do, rows, acc, dk, dv, k_half)
     buffers = (s_q, s_do, s_k, s_v, s_rows, s_ds, s_dq, s_half)
-    barriers = (kv_full.index(0), kv_full.index(1), q_full, q_free, do_full, do_free, ds_full, dq_full, dq_free)
+    barriers = (kv_full, q_full, q_free, do_full, do_free, ds_full, dq_full, dq_free)
     count = last - first
     place = (i_b, i_h, i_n, j0, gl.where(in_turn != 0, G, count), last, G * count, begin, r0, in_turn)
     outputs = (p_dk, p_dv, stride_b, stride_t, stride_h)
@@ -751,10 +752,10 @@ def swa_bwd_hopper_kernel(
     if D == 128:
         gl.warp_specialize(
             [
-                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 0, STAGES, SLOTS, SINKS, PACKED)),
-                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 1, STAGES, SLOTS, SINKS, PACKED)),
-                (_load_warp, (x, buffers, barriers, place, G, D, STAGES)),
-                (_add_warp, (x, buffers, barriers, place, turn, start, window, seen_far, tiles, whole, HQ, G, D, SLOTS, SINKS)),
+                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 0, STAGES, SLOTS, SINKS)),
+                (_warpgroup_128, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 1, STAGES, SLOTS, SINKS)),
+                (_load_warp, (x, buffers, barriers, place, Tk, G, D, STAGES, PACKED)),
+                (_add_warp, (x, buffers, barriers, place, turn, start, window, seen_far, tiles, Tk, HQ, G, D, SLOTS, SINKS, PACKED)),
             ],
             [4, 1, 1],
             [REGISTERS, 32, 32],
@@ -762,10 +763,10 @@ def swa_bwd_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 0, STAGES, SINKS, PACKED)),
-                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 1, STAGES, SINKS, PACKED)),
-                (_load_warp, (x, buffers, barriers, place, G, D, STAGES)),
-                (_add_warp, (x, buffers, barriers, place, turn, start, window, seen_far, tiles, whole, HQ, G, D, SLOTS, SINKS)),
+                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 0, STAGES, SINKS)),
+                (_warpgroup_64, (x, outputs, buffers, barriers, place, masks, parts, scale, scale_log2, 1, STAGES, SINKS)),
+                (_load_warp, (x, buffers, barriers, place, Tk, G, D, STAGES, PACKED)),
+                (_add_warp, (x, buffers, barriers, place, turn, start, window, seen_far, tiles, Tk, HQ, G, D, SLOTS, SINKS, PACKED)),
             ],
             [4, 1, 1],
             [REGISTERS, 32, 32],
