@@ -147,9 +147,21 @@ def test_a_piece_that_fails_keeps_no_other_from_running(words, tmp_path, monkeyp
     assert set(found["rows"]["a text"]["arms"]) == {"full", "window"} and "needles" not in found
 
 
+def test_an_adapter_of_another_form_keeps_no_other_from_running(words, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(evaluate_run, "POLL", 0.05)
+    description = tmp_path / "runs" / "writes-off-seed0" / "memory" / "memory.json"
+    saved = json.loads(description.read_text())
+    saved["config"]["norm"] = "none"
+    description.write_text(json.dumps(saved))
+    assert call(monkeypatch, [*words, "--arms", "full", "window", "adapter", "--parts", "rows", "--window", "24", "--chunk", "24"]) == 1
+    out = capfd.readouterr().out
+    assert "adapter: `directory` must hold a memory of the model's form" in out and "missing: rows-24-adapter, failed" in out
+    assert (tmp_path / "found" / "window-24" / "evaluation.json").is_file()
+
+
 def test_warming_keeps_no_result(words, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_run, "POLL", 0.05)
-    assert call(monkeypatch, [*words, "--warm", "--parts", "rows", "long"]) == 0
+    assert call(monkeypatch, [*words, "--window", "24", "--chunk", "24", "--warm", "--parts", "rows", "short"]) == 0
     assert not list((tmp_path / "found").glob("window-*")) and not (tmp_path / "found" / "pieces").exists()
 
 
