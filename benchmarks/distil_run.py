@@ -39,7 +39,7 @@ from allmem_ops import AllMemConfig
 from allmem_ops.evaluation.arms import ALLMEM, FULL, NO_WRITES, WINDOW
 from allmem_ops.evaluation.linear import use_linear_memory
 from allmem_ops.evaluation.scoring import evaluate, teacher_hidden
-from allmem_ops.hf import convert, memory_mode, memory_parameters, reconfigure
+from allmem_ops.hf import centre_memory, convert, memory_mode, memory_parameters, reconfigure
 from allmem_ops.layers import memory as memory_layer
 from allmem_ops.training import Distillation, Recipe, Step, TokenRows, compile_blocks, plain_blocks, train
 from benchmarks.measure import environment
@@ -51,7 +51,7 @@ MARGIN = 20.0
 WINDOWS = ((512, 256), (1024, 512))  # window and chunk of the scores; 64 sinks
 # Fields of AllMemConfig that decide how a memory starts
 NUMBERS = ("eta_init", "mu_init", "gate_init", "w_init_scale", "alpha_lr_scale")
-WORDS = ("qk_init", "conv_init", "projection_init", "qk_activation", "gate")
+WORDS = ("qk_init", "conv_init", "projection_init", "feature_init", "qk_activation", "gate")
 START = (*NUMBERS, *WORDS, "residual")
 
 
@@ -96,6 +96,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
         start.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(AllMemConfig, name))
     for name in WORDS:
         start.add_argument(f"--{name.replace('_', '-')}", default=getattr(AllMemConfig, name))
+    start.add_argument("--centre", action=switch, default=False, help="centre_memory on a row of the data")
     start.add_argument("--residual", action=switch, default=AllMemConfig.residual)
     return parser.parse_args(words)
 
@@ -198,6 +199,8 @@ def run_arm(base: Any, options: argparse.Namespace, seconds: float | None) -> No
         seed=options.seed,
     )
     model = build(base, options)
+    if options.centre:
+        centre_memory(model, rows.batch(0, 2).ids.to(options.device))
     if options.compile:
         compile_blocks(model)
     run = Distillation(model, recipe, cuda_graph=options.cuda_graph)

@@ -6,6 +6,7 @@ A peer for comparison. Its layer stands where `MemoryBranch` stands and trains b
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -17,10 +18,11 @@ from torch.nn import functional as F
 
 from allmem_ops._validation import check_choice, fail
 from allmem_ops.hf.checkpoint import read_tensors
+from allmem_ops.hf.convert import pretrained_weights
 from allmem_ops.hf.runtime import runtime_of
 from allmem_ops.layers.config import AllMemConfig
 from allmem_ops.layers.memory import MemoryBranch
-from allmem_ops.layers.start import draw_taps
+from allmem_ops.layers.start import draw_taps, lend
 from allmem_ops.layers.state_group import StateGroup
 from allmem_ops.ops.memory_input.state import ConvTail
 from allmem_ops.ops.state import RowState
@@ -176,6 +178,12 @@ class LinearBranch(nn.Module):
         nn.init.normal_(self.out_proj.weight, std=self.out_proj.in_features**-0.5)
         self.alpha.zero_()
 
+    def start_from(self, weights: Sequence[Tensor], *, head_dim: int) -> None:
+        """As `MemoryBranch.start_from`."""
+        H, K, V = self.shape
+        rows = self.in_proj.weight.data[: self.splits[0]].split([H * K, H * K, H * V])
+        lend(rows, self.out_proj.weight.data, self.config, H, weights, head_dim)
+
     def initial_state(self, batch: int, dtype: torch.dtype = torch.float32) -> LinearBranchState:
         """The state of `batch` sequences that have not begun; `dtype` is that of the activations to come."""
         device = self.alpha.device
@@ -210,8 +218,11 @@ class LinearBranch(nn.Module):
         wide = torch.cat([before, wide], 1)
         if state is not None:
             state.conv.inputs.copy_(wide[:, wide.shape[1] - before.shape[1] :])
-        mixed = F.silu(F.conv1d(wide.mT, self.conv_weight[:, None].to(x.dtype), groups=wide.shape[-1]).mT)
+        mixed = F.conv1d(wide.mT, self.conv_weight[:, None].to(x.dtype), groups=wide.shape[-1]).mT
         q, k, v = (part.unflatten(-1, (H, -1)) for part in mixed.split([H * K, H * K, H * V], -1))
+        v = F.silu(v)
+        if self.config.qk_activation == "silu":
+            q, k = F.silu(q), F.silu(k)
         q, k = (F.normalize(F.rms_norm(y.float(), (K,), w, self.config.norm_eps), dim=-1) for y, w in ((q, self.q_norm), (k, self.k_norm)))
         decay, beta, gate = (heads.float() + self.head_bias).chunk(3, -1)
         beta = beta.sigmoid() if self.writes else torch.zeros_like(beta)
@@ -235,12 +246,14 @@ class LinearBranch(nn.Module):
 
 def linear_branches(model: Any) -> list[LinearBranch]:
     """New linear memories for a converted model, one a layer that has a memory."""
-    config = runtime_of(model).config
-    return [
-        LinearBranch(a.memory.d_model, config, heads=model.config.num_key_value_heads, device=a.memory.alpha.device)
-        for a in runtime_of(model).attentions(model)
-        if hasattr(a, "memory")
-    ]
+    runtime, found = runtime_of(model), []
+    for a in runtime.attentions(model):
+        if hasattr(a, "memory"):
+            heads, device = model.config.num_key_value_heads, a.memory.alpha.device
+            found.append(LinearBranch(a.memory.d_model, runtime.config, heads=heads, device=device))
+            weights = pretrained_weights(a, runtime.inv_freq(runtime.decoder(model)), runtime.config.window)
+            found[-1].start_from(weights, head_dim=a.head_dim)
+    return found
 
 
 def use_linear_memory(model: Any) -> Any:

@@ -6,6 +6,7 @@ except ImportError as error:
     raise ImportError('allmem_ops.hf needs transformers: pip install "allmem-ops[hf]"') from error
 
 from allmem_ops.hf.cache import AllMemCache
+from allmem_ops.hf.centre import centre_memory
 from allmem_ops.hf.checkpoint import load_memory, save_memory
 from allmem_ops.hf.convert import convert, full_attention, memory_mode, memory_parameters, reconfigure, trainable_parameters
 from allmem_ops.hf.families import FAMILIES, Family
@@ -15,6 +16,7 @@ __all__ = [
     "FAMILIES",
     "AllMemCache",
     "Family",
+    "centre_memory",
     "convert",
     "full_attention",
     "load_cache",

@@ -33,6 +33,7 @@ _FREE = {
     "conv_init",
     "qk_init",
     "projection_init",
+    "feature_init",
     "w_init_scale",
     "alpha_lr_scale",
 }

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from allmem_ops._validation import check_choice, check_float, fail
@@ -16,6 +16,7 @@ from allmem_ops.hf.forward import attention_forward
 from allmem_ops.hf.runtime import ATTRIBUTE, Runtime, runtime_of
 from allmem_ops.layers.config import AllMemConfig
 from allmem_ops.layers.memory import MemoryBranch
+from allmem_ops.layers.start import rotate_rows
 
 # RoPE variants whose frequencies depend on the length seen: a query can't be turned back to a fixed position
 _MOVING_ROPE = ("dynamic", "longrope")
@@ -86,7 +87,7 @@ def convert(model: PreTrainedModel, config: AllMemConfig) -> PreTrainedModel:
     for index in chosen:
         module = attentions[index]
         branch = MemoryBranch(hf_config.hidden_size, config, heads=hf_config.num_key_value_heads, device=module.q_proj.weight.device)
-        branch.start_from(*(getattr(module, f"{name}_proj").weight for name in "qkvo"), head_dim=module.head_dim)
+        branch.start_from(pretrained_weights(module, runtime.inv_freq(decoder), config.window), head_dim=module.head_dim)
         module.memory = branch.train(model.training)
     attention.register()
     attention.install(model, runtime)
@@ -94,6 +95,12 @@ def convert(model: PreTrainedModel, config: AllMemConfig) -> PreTrainedModel:
         module.forward = functools.partial(attention_forward, module)
     model.config._attn_implementation = attention.NAME
     return model
+
+
+def pretrained_weights(attention: nn.Module, inv_freq: Tensor, distance: int) -> list[Tensor]:
+    """What a memory may start from: the projections q, k, v and out of an attention, q turned as for a key `distance` tokens back."""
+    q, k, v, o = (getattr(attention, f"{name}_proj").weight.detach() for name in "qkvo")
+    return [rotate_rows(q.float(), inv_freq, distance), k, v, o]
 
 
 def _own_config(model: PreTrainedModel) -> None:

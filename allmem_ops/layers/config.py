@@ -45,12 +45,14 @@ class AllMemConfig:
             All train freely afterwards. [D]
         projection_init: "random"; "values": v and the output projection start from the layer's pretrained attention (the value
             projection of the memory head's key/value head, the output projection's part of it summed over its query heads);
-            "attention": q and k too, before RoPE, q as the mean of its query heads. `convert` does it; other head shapes
-            read a random subspace of the head. Biases are left out. [D]
+            "attention": q and k too, q as the mean of its query heads, turned by RoPE as for a key `window` tokens back.
+            `convert` does it; a memory head of another width reads random directions of its head. Biases are left out. [D]
         readout_norm: RMSNorm per head on what is read. [D: form]
         norm_eps: eps of the RMSNorms, inside the root. [D]
         l2_eps: eps of the L2 norm, inside the root. [D]
         w_init_scale: the initial weights W_0 are normal with standard deviation w_init_scale / sqrt(fan_in). [D]
+        feature_init: how W_0's gate and up start: "independent", or "equal", from one draw: SiLU(a) * a tells k from -k and peaks
+            where query and key agree. [D]
         alpha_lr_scale: alpha's learning rate over that of the other memory parameters. [D: at 1x it hardly leaves zero]
         impl: the implementation that the layers ask the operators for.
 
@@ -89,6 +91,7 @@ class AllMemConfig:
     norm_eps: float = 1e-6
     l2_eps: float = 1e-6
     w_init_scale: float = 1.0
+    feature_init: Literal["independent", "equal"] = "independent"
     alpha_lr_scale: float = 10.0
     impl: Literal["auto", "triton", "chunk", "reference"] = "auto"
 
@@ -118,6 +121,7 @@ class AllMemConfig:
         check_choice("projection_init", self.projection_init, ("random", "values", "attention"))
         if self.qk_init == "shifted" and self.conv_size < 2:
             fail("conv_size", "must be at least 2 with qk_init='shifted'", self.conv_size)
+        check_choice("feature_init", self.feature_init, ("independent", "equal"))
         check_choice("impl", self.impl, IMPLS)
         for name in ("residual", "readout_norm"):
             check_bool(name, getattr(self, name))

@@ -14,7 +14,7 @@ from allmem_ops._impl import resolve_impl
 from allmem_ops._validation import check_bool, check_cu_seqlens, check_device, check_dtype, check_int, check_shape, fail
 from allmem_ops.layers.branch import BranchParameters, branch, branch_options, branch_readout, kernels_take
 from allmem_ops.layers.config import AllMemConfig
-from allmem_ops.layers.start import borrow, draw_bases, draw_taps
+from allmem_ops.layers.start import draw_taps, lend
 from allmem_ops.layers.state_group import StateGroup
 from allmem_ops.ops.eager import direct
 from allmem_ops.ops.fusion.api import gated_fusion
@@ -144,40 +144,20 @@ class MemoryBranch(nn.Module):
                 norm.fill_(1)
         for weight in (self.w_gate, self.w_up, self.w_down):
             nn.init.normal_(weight, std=config.w_init_scale * weight.shape[-1] ** -0.5)
+        if config.feature_init == "equal":
+            self.w_up.copy_(self.w_gate)
         nn.init.normal_(self.out_proj.weight, std=self.out_proj.in_features**-0.5)
         self.alpha.zero_()
 
-    @torch.no_grad()
-    def start_from(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, head_dim: int) -> None:
-        """Take projections from a pretrained attention, by `config.projection_init`; each keeps the norm of a random start.
-
-        "values": v from its value projection, the output projection from its own, summed over the query heads of a key/value head.
-        "attention": also k, and q as the mean of those query heads; with `qk_init` "tied" or "shifted" both are k's. "random": nothing.
+    def start_from(self, weights: Sequence[Tensor], *, head_dim: int) -> None:
+        """Take projections from a pretrained attention, by `config.projection_init` (see `layers.start.lend`).
 
         Args:
-            q: [HQ*head_dim, d_model], the attention's query projection.
-            k, v: [HK*head_dim, d_model].
-            o: [d_model, HQ*head_dim].
-            head_dim: D. Where it is not the memory's d, a memory head reads d random directions of its head.
+            weights: q, k, v and output projection, [HQ*head_dim, d_model], twice [HK*head_dim, d_model], [d_model, HQ*head_dim].
+            head_dim: of the attention.
         """
-        config, H, d = self.config, self.heads, self.config.head_dim
-        if config.projection_init == "random":
-            return
-        for name, weight in (("q", q), ("k", k), ("v", v)):
-            check_shape(name, weight, "rows d_model", {"d_model": self.d_model})
-        groups, width = k.shape[0] // head_dim, self.splits[0] // 3
-        rows = self.in_proj.weight[: self.splits[0]].split(width)
-        bases = draw_bases(H, d, head_dim)
-        rows[2].copy_(borrow(v.unflatten(0, (groups, head_dim)), H, d, bases))
-        # [d_model, HQ*D] -> [HK, D, d_model], summed over the query heads of a group; the columns of each head have norm 1 in the mean
-        out = o.float().T.reshape(groups, -1, head_dim, self.d_model).sum(1)
-        self.out_proj.weight.copy_(borrow(out, H, d, bases).T * (self.d_model / self.out_proj.in_features) ** 0.5)
-        if config.projection_init == "attention":
-            bases = draw_bases(H, d, head_dim)
-            rows[1].copy_(borrow(k.unflatten(0, (groups, head_dim)), H, d, bases))
-            rows[0].copy_(borrow(q.float().reshape(groups, -1, head_dim, self.d_model).mean(1), H, d, bases))
-            if config.qk_init != "independent":
-                rows[0].copy_(rows[1])
+        rows = self.in_proj.weight.data[: self.splits[0]].chunk(3)
+        lend(rows, self.out_proj.weight.data, self.config, self.heads, weights, head_dim)
 
     def initial_state(self, batch: int, dtype: torch.dtype = torch.float32) -> MemoryBranchState:
         """The state of `batch` sequences that have not begun; `dtype` is that of the activations to come."""

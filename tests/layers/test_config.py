@@ -29,6 +29,7 @@ configs = st.builds(
     qk_norm=st.sampled_from(["rms+l2", "rms", "l2", "none"]),
     qk_activation=st.sampled_from(["silu", "none"]),
     qk_init=st.sampled_from(["independent", "tied"]),
+    feature_init=st.sampled_from(["independent", "equal"]),
     projection_init=st.sampled_from(["random", "values", "attention"]),
     impl=st.sampled_from(["auto", "chunk", "reference", "triton"]),
 )
@@ -69,6 +70,7 @@ def test_json_round_trip(config):
         ("conv_init", "zero", "`conv_init` must be one of 'uniform', 'zero_sum', 'token', 'token_zero_sum'; got 'zero'"),
         ("qk_activation", "relu", "`qk_activation` must be one of 'silu', 'none'; got 'relu'"),
         ("qk_init", True, "`qk_init` must be"),
+        ("feature_init", "same", "`feature_init` must be one of 'independent', 'equal'; got 'same'"),
         ("projection_init", "o", "`projection_init` must be one of 'random', 'values', 'attention'; got 'o'"),
         ("readout_norm", None, "`readout_norm` must be a bool; got NoneType None"),
         ("norm_eps", "x", "`norm_eps` must be a number"),

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from allmem_ops import AllMemConfig, MemoryBranch
-from allmem_ops.evaluation.linear import LinearBranch
+from allmem_ops.evaluation.linear import LinearBranch, use_linear_memory
 from allmem_ops.hf import convert
+from allmem_ops.hf.centre import centre_memory
 from allmem_ops.hf.convert import memory_branches
-from allmem_ops.layers.start import borrow, draw_bases
+from allmem_ops.layers.start import rotate_rows
 
 D_MODEL, HEADS, HEAD_DIM = 24, 2, 8
 
@@ -88,7 +90,8 @@ def test_attention_lends_q_and_k_too():
     branch, attention = converted(model, projection_init="attention", qk_init="independent")[1], model.model.layers[1].self_attn
     for head in range(2):
         part, k_part = slice(8 * head, 8 * head + 8), slice(16 + 8 * head, 24 + 8 * head)
-        q = attention.q_proj.weight.view(2, 2, 8, 32)[head].mean(0)
+        inv_freq = model.model.rotary_emb.inv_freq
+        q = rotate_rows(attention.q_proj.weight, inv_freq, 16).view(2, 2, 8, 32)[head].mean(0)
         torch.testing.assert_close(direction(branch.in_proj.weight[part]), direction(q))
         torch.testing.assert_close(direction(branch.in_proj.weight[k_part]), direction(attention.k_proj.weight[part]))
     tied = converted(llama(), projection_init="attention", qk_init="tied")[1].in_proj.weight
@@ -116,9 +119,32 @@ def test_other_shapes_read_a_subspace_of_a_head(heads, head_dim):
         assert weight.norm().item() == pytest.approx((heads * head_dim) ** 0.5)
 
 
-def test_borrow_needs_a_basis_for_another_width():
-    with pytest.raises(ValueError, match="`bases` must be given where a head has 8 rows and the memory's 4"):
-        borrow(torch.randn(2, 8, 16), 2, 4)
-    basis = draw_bases(1, 4, 8)[0]
-    torch.testing.assert_close(basis @ basis.T, torch.eye(4))
-    assert draw_bases(3, 8, 8) is None
+def test_rotated_rows_score_as_the_attention_does_at_that_distance():
+    model, x = llama(), torch.randn(1, 41, 32)
+    attention, rope = model.model.layers[0].self_attn, model.model.rotary_emb
+    q, k = (p(x).view(1, 41, -1, 8).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+    turned_q, turned_k = apply_rotary_pos_emb(q, k, *rope(x, torch.arange(41)[None]))
+    want = (turned_q[0, 3, 16:] * turned_k[0, 1, :25]).sum(-1)
+    rows = rotate_rows(attention.q_proj.weight, rope.inv_freq, 16)
+    got = ((x[0, 16:] @ rows[24:].T) * k[0, 1, :25]).sum(-1)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_centred_memory_does_not_see_what_all_tokens_share(linear):
+    torch.manual_seed(0)
+    model = convert(llama(), AllMemConfig(window=16, sinks=2, chunk_size=8, head_dim=8, projection_init="attention"))
+    if linear:
+        use_linear_memory(model)
+    ids, seen = torch.randint(0, 64, (2, 40)), {}
+    model.model.layers[1].self_attn.register_forward_pre_hook(lambda m, a, k: seen.update(x=k["hidden_states"]), with_kwargs=True)
+    assert centre_memory(model, ids) is model and model.training
+    mean, branch = seen["x"].mean((0, 1)), model.model.layers[1].self_attn.memory
+    rows, others = branch.in_proj.weight.tensor_split([branch.splits[0]])
+    assert (rows @ mean).abs().max() < 1e-5 and rows.norm(dim=-1).min() > 0.1 and not others.any()
+    assert not branch.in_proj.weight.grad_fn
+
+
+def test_equal_features_start_from_one_draw():
+    branch = make(feature_init="equal", w_init_scale=8.0)
+    assert torch.equal(branch.w_up, branch.w_gate) and not torch.equal(make().w_up, make().w_gate)
