@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from allmem_ops._impl import resolve_impl
 from allmem_ops._validation import fail
-from allmem_ops.hf import full_attention, memory_parameters, reconfigure, trainable_parameters
+from allmem_ops.hf import full_attention, memory_mode, memory_parameters, reconfigure, trainable_parameters
+from allmem_ops.hf.runtime import runtime_of
 from allmem_ops.hf.unmasked import unmasked
 from allmem_ops.training.data import Batch
 from allmem_ops.training.graph import GraphedSteps
@@ -78,8 +80,26 @@ class TeacherAndStudent(nn.Module):
 
     @torch.no_grad()
     def teacher(self, ids: Tensor) -> Tensor:
-        with full_attention(self.model), unmasked(self.model):
+        with self._full_attention(ids), unmasked(self.model):
             return final_hidden(self.model, ids)[:, self.first_position :]
+
+    @contextmanager
+    def _full_attention(self, ids: Tensor) -> Iterator[None]:
+        """`full_attention`; where the kernels run, the student without its memory and with a window of the whole row, which is the same
+        and spares the class's own RoPE, a dozen passes over q and k a layer."""
+        runtime, weight = runtime_of(self.model), self.model.get_input_embeddings().weight
+        kernels = weight.dtype.itemsize == 2 and resolve_impl("swa", runtime.config.impl, weight) == "triton"
+        if not kernels or ids.shape[1] > runtime.trained_length:  # beyond it a student's positions are not the class's
+            with full_attention(self.model):
+                yield
+            return
+        before = runtime.config
+        runtime.config = before.replace(window=ids.shape[1], sinks=0)
+        try:
+            with memory_mode(self.model, "off"):
+                yield
+        finally:
+            runtime.config = before
 
     def student(self, ids: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         with unmasked(self.model):

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from allmem_ops.hf import memory_parameters
-from allmem_ops.training import Batch, Distillation, Recipe, load_checkpoint, save_checkpoint
+from allmem_ops.hf import full_attention, memory_parameters
+from allmem_ops.training import Batch, Distillation, Recipe, final_hidden, load_checkpoint, save_checkpoint
 from tests.training.tiny import batches, make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="what the device and the host do beside one another needs a GPU")
@@ -38,6 +38,17 @@ def test_a_step_waits_for_nothing():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not any(step.read(0.0).skipped for step in launched)
+
+
+@torch.no_grad()
+def test_the_teacher_by_the_kernels_is_the_model_with_full_attention():
+    engine, ids = run(), data(1)[0]
+    found = engine.module.teacher(ids)
+    with full_attention(engine.model):
+        want = final_hidden(engine.model, ids)
+        exact = final_hidden(engine.model.float(), ids)
+    error, own = (torch.linalg.vector_norm(x.float() - exact) for x in (found, want))
+    assert own > 0 and error <= 1.2 * own
 
 
 @pytest.mark.parametrize("masked", [False, True])
