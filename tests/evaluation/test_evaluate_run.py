@@ -137,26 +137,33 @@ def test_a_stopped_evaluation_goes_on(words, tmp_path, monkeypatch, capfd):
     assert len(list(pieces.glob("*.json"))) == 8 and (pieces / "rows-12-allmem.allmem-seed0.json").read_text() == "{}"
 
 
-def test_a_piece_that_fails_keeps_no_other_from_running(words, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(evaluate_run, "POLL", 0.05)
-    short = [*words, "--arms", "full", "window", "--parts", "needles", "rows", "--needle-lengths", "40"]
-    assert call(monkeypatch, short) == 1
-    out = capfd.readouterr().out
-    assert "missing: needles-12-full+window, failed" in out and "`length` must be at least" in out
-    found = json.loads((tmp_path / "found" / "window-12" / "evaluation.json").read_text())
-    assert set(found["rows"]["a text"]["arms"]) == {"full", "window"} and "needles" not in found
-
-
-def test_an_adapter_of_another_form_keeps_no_other_from_running(words, tmp_path, monkeypatch, capfd):
+def test_pieces_that_fail_keep_no_other_from_running(words, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(evaluate_run, "POLL", 0.05)
     description = tmp_path / "runs" / "writes-off-seed0" / "memory" / "memory.json"
     saved = json.loads(description.read_text())
-    saved["config"]["norm"] = "none"
+    saved["config"]["norm"] = "none"  # an adapter of another form than the memories
     description.write_text(json.dumps(saved))
-    assert call(monkeypatch, [*words, "--arms", "full", "window", "adapter", "--parts", "rows", "--window", "24", "--chunk", "24"]) == 1
+    chosen = [
+        "--arms",
+        "full",
+        "window",
+        "adapter",
+        "--parts",
+        "needles",
+        "rows",
+        "--needle-lengths",
+        "40",
+        "--window",
+        "24",
+        "--chunk",
+        "24",
+    ]
+    assert call(monkeypatch, [*words, *chosen]) == 1
     out = capfd.readouterr().out
     assert "adapter: `directory` must hold a memory of the model's form" in out and "missing: rows-24-adapter, failed" in out
-    assert (tmp_path / "found" / "window-24" / "evaluation.json").is_file()
+    assert "missing: needles-24-full+window, failed" in out and "`length` must be at least" in out
+    found = json.loads((tmp_path / "found" / "window-24" / "evaluation.json").read_text())
+    assert set(found["rows"]["a text"]["arms"]) == {"full", "window"} and "needles" not in found
 
 
 def test_warming_keeps_no_result(words, tmp_path, monkeypatch):
