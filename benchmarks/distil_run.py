@@ -15,7 +15,7 @@ KL over all positions, AdamW, WSD. A stopped run goes on exactly where it was; `
     --norm post_write      the weights normalised after the write (--norm none: not at all)
     --no-momentum          mu starts at 1e-6 and stays there: its gradient is of that size too
     --hidden 64|128|256    hidden width of the memory's network
-    --layers every_second  a memory in the layers 1, 3, 5, ...
+    --layers every_second  a memory in the layers 1, 3, 5, ... (--layers 12-25: in those)
     --fixed-start          the initial weights W_0 stay as drawn
     --memory linear        the gated delta rule in the memory's place, with as many parameters
     --memory exact         a control: softmax attention over the whole past in the memory's place; one arm a process
@@ -87,7 +87,8 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     arm.add_argument("--norm", choices=("pre_write", "post_write", "none"), default="pre_write")
     arm.add_argument("--momentum", action=switch, default=True)
     arm.add_argument("--hidden", type=int, default=None)
-    arm.add_argument("--layers", choices=("all", "every_second"), default="all")
+    arm.add_argument("--layers", default="all", help="all, every_second, or the first and the last as in 12-25")
+    arm.add_argument("--heads", type=int, default=None)
     arm.add_argument("--fixed-start", action="store_true")
     arm.add_argument("--memory", choices=("allmem", "linear", "exact"), default="allmem")
     arm.add_argument("--impl", choices=("auto", "chunk"), default="auto")
@@ -112,7 +113,8 @@ def build(base: Any, options: argparse.Namespace) -> Any:
         chunk_size=chunk,
         norm=options.norm,
         hidden_dim=options.hidden,
-        memory_layers=None if options.layers == "all" else tuple(range(1, layers, 2)),
+        heads=options.heads,
+        memory_layers=chosen_layers(options.layers, layers),
         impl=options.impl,
         **{name: getattr(options, name) for name in START},
     )
@@ -126,6 +128,15 @@ def build(base: Any, options: argparse.Namespace) -> Any:
         for name, p in memory_parameters(model).items():
             p.requires_grad_(name.rpartition(".")[2] not in ("w_gate", "w_up", "w_down"))
     return model
+
+
+def chosen_layers(words: str, layers: int) -> tuple[int, ...] | None:
+    if words == "all":
+        return None
+    if words == "every_second":
+        return tuple(range(1, layers, 2))
+    first, last = (int(word) for word in words.split("-"))
+    return tuple(range(first, last + 1))
 
 
 def held_out_rows(path: Path, length: int, count: int) -> torch.Tensor:
