@@ -1,7 +1,7 @@
 """Launches the backward kernels of `swa`: grids, workspaces, strides and pinned configs.
 
-Besides the gradients a backward allocates `rows` (lse and delta for the kernels, 8 bytes a query and head), with far sinks their partial
-sums (see `_far_splits`), and on Hopper one float32 copy of dq (launch_bwd_hopper.py).
+Besides the gradients a backward allocates `rows` (lse and delta for the kernels, 8 bytes a query and head, 12 in float32), with far
+sinks their partial sums (see `_far_splits`), and on Hopper one float32 copy of dq (launch_bwd_hopper.py).
 """
 
 from collections.abc import Hashable
@@ -127,7 +127,8 @@ class Call:
         self.starts = False  # whether `rows` has the Hopper kernel's terms
         self.shape_class = self.BD, q.element_size()
         row_tiles = self.slots(self.Tq, ROW_TILE.value)
-        self.rows = record.workspace(2, self.B, self.HQ, row_tiles * ROW_TILE.value, dtype=torch.float32, device=q.device)
+        planes = 3 if q.dtype == torch.float32 else 2
+        self.rows = record.workspace(planes, self.B, self.HQ, row_tiles * ROW_TILE.value, dtype=torch.float32, device=q.device)
 
     def slots(self, T: int, size: int) -> int:
         """Tile slots of `T` tokens; packed, see kernels/bwd.py."""

@@ -2,7 +2,8 @@
 
 Scores are in base 2 (see `probabilities`); ds = p * (<do, v> - delta), delta = <do, o> - dlse. What belongs to a query alone, its scaled
 lse and delta, is kept in `rows` fp32 [2, B, HQ, P], padded to whole tiles with (+inf, 0): a
-padded query has p = 0 and ds = 0, so tiles at the end of a sequence need no mask for it.
+padded query has p = 0 and ds = 0, so tiles at the end of a sequence need no mask for it. Of float32 operands, <do, o> and dlse are kept
+apart, [3, B, HQ, P], see `row_terms`.
 
 Packed sequences: `cu_seqlens` cuts the one row into N sequences. Tile slots of `size` tokens are given out by position: sequence n owns
 the slots from cu_seqlens[n] // size + n on. That is enough for all its tiles (floor(a + b) >= floor(a) + ceil(b) - 1) and needs neither
@@ -248,10 +249,14 @@ def swa_bwd_dq_kernel(
                 b_do, o, lse, dlse, i_b, i0, i_hq, s_ob, s_ot, s_oh, s_od, s_lb, s_lt, s_lh, s_eb, s_et, s_eh, bos, Tq, HALF, BM, D, BD, TMA
             )
             tl.store(p_rows, b_lse)
-            tl.store(p_rows + s_rows, b_delta if HALF else b_delta - b_dlse)
+            tl.store(p_rows + s_rows, b_delta)
+            if not HALF:
+                tl.store(p_rows + 2 * s_rows, b_dlse)
         else:
             b_lse = tl.load(p_rows)
             b_delta = tl.load(p_rows + s_rows)
+            if not HALF:
+                b_dlse = tl.load(p_rows + 2 * s_rows)
             if STARTS:
                 b_lse *= -(scale * LOG2E)
                 b_delta = -b_delta
@@ -275,7 +280,7 @@ def swa_bwd_dq_kernel(
             # [BM, BD] @ [BD, BN] -> [BM, BN]
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
             b_ds = b_dp - b_delta[:, None]
-            if NEAR and not HALF:
+            if not HALF:
                 b_ds += b_dlse[:, None]
             b_ds *= b_p
             # [BM, BN] @ [BN, BD] -> [BM, BD]
@@ -515,8 +520,12 @@ def swa_bwd_dkdv_kernel(
             b_p = hidden_to_zero(b_p, (start + i0 + tl.arange(0, BM))[None, :], o_j, FAR, window, sinks)
         # [BN, BM] @ [BM, BD] -> [BN, BD]
         b_dv += tl.dot(b_p.to(b_do.dtype), b_do, input_precision="ieee")
-        # [BN, BD] @ [BD, BM] -> [BN, BM]; -delta as the sum's first term saves a subtraction an element and its registers
-        b_dp = tl.dot(b_v, tl.trans(b_do), tl.broadcast_to(-b_delta[None, :], (BN, BM)), input_precision="ieee")
+        # [BN, BD] @ [BD, BM] -> [BN, BM]
+        if HALF:  # -delta as the sum's first term saves a subtraction an element and its registers
+            b_dp = tl.dot(b_v, tl.trans(b_do), tl.broadcast_to(-b_delta[None, :], (BN, BM)), input_precision="ieee")
+        else:  # see `row_terms`
+            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee") - b_delta[None, :]
+            b_dp += tl.reshape(rows.load([2, i_b, i_hq, r0 + i0]), (BM,))[None, :]
         # [BN, BM] @ [BM, BD] -> [BN, BD]
         b_dk += tl.dot((b_p * b_dp).to(b_q.dtype), b_q, input_precision="ieee")
     if FAR:
