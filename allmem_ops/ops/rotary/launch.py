@@ -52,6 +52,11 @@ def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if x is None else x.stride()
 
 
+def _options(plan: _Plan, cos: Tensor) -> dict[str, int | bool]:
+    """With a table in half precision each product is rounded: LLVM would make it and the sum one operation with one rounding."""
+    return {"num_warps": plan.warps, "enable_fp_fusion": cos.dtype == torch.float32}
+
+
 def _table_strides(table: Tensor) -> tuple[int, ...]:
     """Strides of cos or sin [B or 1, T, D/2]; one table serves every sequence with stride 0."""
     s_b, s_t, s_d = table.stride()
@@ -77,7 +82,7 @@ def launch_forward(
         args = [qkv, cos, sin, q_norm, k_norm, q, k, T, plan.slots, eps]
         args += [*qkv.stride(), *_table_strides(cos), *_table_strides(sin), *_strides(q_norm, 1), *_strides(k_norm, 1)]
         args += [heads, heads_kv, D // 2, plan.BT, plan.BH, plan.BW]
-        record.launch_plain(rotary_fwd_kernel, qkv.device, B * plan.slots * sum(plan.blocks), args, {"num_warps": plan.warps})
+        record.launch_plain(rotary_fwd_kernel, qkv.device, B * plan.slots * sum(plan.blocks), args, _options(plan, cos))
 
     tried = Recorder(inputs)
     run(choose("rotary_fwd", _FWD, gpu_class(qkv.device), "rows", lambda config: run(config, tried)), record)
@@ -119,7 +124,7 @@ def launch_backward(
         args += [*dq.stride(), *dk.stride(), *dv.stride(), *_strides(qkv, 4), *_table_strides(cos), *_table_strides(sin)]
         args += [*_strides(q_norm, 1), *_strides(k_norm, 1)]
         args += [heads, heads_kv, D // 2, plan.BT, plan.BH, plan.BW]
-        record.launch_plain(rotary_bwd_kernel, device, groups * (q_blocks + 2 * k_blocks), args, {"num_warps": plan.warps})
+        record.launch_plain(rotary_bwd_kernel, device, groups * (q_blocks + 2 * k_blocks), args, _options(plan, cos))
         if sums is not None:
             args = [sums, dq_norm, dk_norm, *rows, D // 2, plan.BW, _SUM_ROWS, _SUM_COLUMNS]
             programs = -(-2 * plan.BW // _SUM_COLUMNS) * (1 if dk_norm is None else 2)

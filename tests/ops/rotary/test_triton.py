@@ -2,7 +2,11 @@
 
 import importlib.util
 import inspect
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -350,3 +354,29 @@ def test_a_fault_in_a_kernel_is_seen(fault: str, tmp_path):
     names = ("rotary_fwd_kernel", "rotary_bwd_kernel", "rotary_bwd_sums_kernel")
     difference = _largest_difference({name: getattr(faulty, name) for name in names})
     assert not difference < 1e-3, difference
+
+
+# In a process without the interpreter: nothing of these tables is computed with one rounding where there are two.
+FUSED = """
+import torch
+from allmem_ops.ops.rotary.launch import launch_backward, launch_forward
+from allmem_ops.testing.aot import absent_gpu
+
+def empty(*shape):
+    return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+with absent_gpu("sm90") as found:
+    table, norm = [empty(1, 64, 32)] * 2, [empty(64)] * 2
+    for norms in ([None] * 2, norm):
+        launch_forward(empty(1, 64, 6, 64), *table, *norms, 4, 1, 1e-6)
+        launch_backward(empty(1, 64, 4, 64), *[empty(1, 64, 1, 64)] * 2, empty(1, 64, 6, 64), *table, *norms, 1e-6)
+texts = [kernel.ptx for kernel in found if "sums" not in kernel.name]
+assert len(texts) == 4 and all("mul.rn.bf16" in text and "fma.rn.bf16" not in text for text in texts)
+"""
+
+
+def test_products_of_half_precision_tables_are_rounded():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), *environment.get("PYTHONPATH", "").split(os.pathsep)])
+    run = subprocess.run([sys.executable, "-c", FUSED], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
