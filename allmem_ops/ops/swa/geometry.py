@@ -105,9 +105,10 @@ def stacked_tiles(i0: int, rows: int, window: int, sinks: int, size: int) -> tup
 
     Returns:
         (band, sink_end, sink_full, any_end, masked, full, count): `band` tiles of the window lie below `i0`, the first
-        `i0 - band * size` (which may be negative; there is at least one, so that every block has a tile to start with); sinks
-        before it are keys `[0, sink_end)`, whole tiles `[0, sink_full)` of them without a mask. `stacked_start` gives the first key
-        of visit n: `[0, any_end)` tiles with a mask for window and sinks, `[any_end, masked)` tiles that the window alone cuts,
+        `i0 - band * size` (there is at least one, so that every block has a tile to start with; where this is negative the tile is
+        read from key 0 on, and only its first keys, up to where the next tile begins, are its own); sinks before it are keys
+        `[0, sink_end)`, whole tiles `[0, sink_full)` of them without a mask. `stacked_start` gives the first key of visit n:
+        `[0, any_end)` tiles with a mask for window and sinks, `[any_end, masked)` tiles that the window alone cuts,
         `[masked, count)` tiles without a mask, of which `[full, count)` are of the band.
     """
     band = max((i0 - max(i0 - window + 1, 0) + size - 1) // size, 1)

@@ -105,13 +105,21 @@ def _attend(
         # [BM, BD] @ [BD, BN] -> [BM, BN]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         masked = (n >= sink_full) if is_sink else ((tile < full) | (tile >= diag))
+        if not HALF:
+            # Rounded before the maximum is taken away, as the maximum was: fused with that subtraction (a compiler does it unless
+            # the branch stands between the two), the product of a single key would leave its rounding error behind.
+            b_s *= scale
         if masked:
             low = tl.where(is_sink, 0, o_i - window + 1)
             high = tl.where(is_sink, tl.minimum(sinks - 1, o_i - window), o_i)
             o_j = tile * BN + o_n
             b_s = tl.where((o_j[None, :] >= low[:, None]) & (o_j[None, :] <= high[:, None]), b_s, float("-inf"))
-        b_top = tl.maximum(b_m, tl.max(b_s, 1) * scale)
-        b_p = _power(b_s * scale - b_top[:, None], HALF)
+        if HALF:
+            b_top = tl.maximum(b_m, tl.max(b_s, 1) * scale)
+            b_p = tl.exp2(b_s * scale - b_top[:, None])
+        else:
+            b_top = tl.maximum(b_m, tl.max(b_s, 1))
+            b_p = _power(b_s - b_top[:, None], HALF)
         b_c = _power(b_m - b_top, HALF)
         b_l = b_l * b_c + tl.sum(b_p, 1)
         # [BM, BN] @ [BN, BD] -> [BM, BD]

@@ -155,7 +155,7 @@ def _producer(
                 _fetch(q, i_b, row_w, i_h * HEADS + w % HEADS, q_full.index(i_q), s_q.index(i_q * 2 + w), ROWS, D)
             band, sink_end, sink_full, _any_end, masked, full, count = stacked_tiles(i0, SPAN, window, sinks, BN)
             for t in range(count):
-                j0 = begin + stacked_start(t, i0, band, sink_end, sink_full, masked, full, BN)
+                j0 = begin + gl.maximum(stacked_start(t, i0, band, sink_end, sink_full, masked, full, BN), 0)
                 _fetch_rows(k, i_b, j0, i_hk, keys, n, BN, D, STAGES)
                 _fetch_rows(v, i_b, j0, i_hk, values, n, BN, D, V_STAGES)
                 n += 1
@@ -189,8 +189,7 @@ def _softmax(b_s, b_m, b_l, scale_log2, POLY: gl.constexpr):
 @gluon.jit
 def _mask_band(b_s, j0, i0, window, o_r, o_n):
     """Leave the keys of the window, in a tile without sinks: one comparison an element."""
-    first = gl.maximum(o_r + (i0 - window + 1), 0) - j0
-    return gl.where(o_n[None, :] >= first[:, None], b_s, float("-inf"))
+    return gl.where(o_n[None, :] > (o_r + (i0 - window - j0))[:, None], b_s, float("-inf"))
 
 
 @gluon.jit
@@ -198,7 +197,7 @@ def _mask_any(b_s, j0, end, i0, window, sinks, o_r, o_n):
     """Leave the keys of the window and the sinks, before `end`."""
     near = o_n[None, :] > (o_r + (i0 - window - j0))[:, None]
     o_j = o_n + j0
-    return gl.where((near | (o_j < sinks)[None, :]) & ((o_j >= 0) & (o_j < end))[None, :], b_s, float("-inf"))
+    return gl.where((near | (o_j < sinks)[None, :]) & (o_j < end)[None, :], b_s, float("-inf"))
 
 
 @gluon.jit
@@ -389,6 +388,10 @@ def _attend(
     mbarrier.arrive(k_free.index(n % STAGES), count=1)
     j0 = stacked_start(0, i0, band, sink_end, sink_full, masked, full, BN)
     end = gl.where(sink_end > sink_full * BN, sink_end, i0)
+    # A tile that would reach over the start begins there; the keys after its own are another tile's.
+    if j0 < 0:
+        b_s = gl.where((o_n < j0 + BN)[None, :], b_s, float("-inf"))
+    j0 = gl.maximum(j0, 0)
     if any_end > 0:
         b_s = _mask_any(b_s, j0, end, i0, window, sinks, o_r, o_n)
     else:
@@ -397,8 +400,8 @@ def _attend(
     b_l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
     b_o = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
     b_p, b_m, b_l, b_c = _softmax(b_s, b_m, b_l, scale_log2, 0)
-    if PACKED and j0 < 0:
-        _clear_rows(values, n, 0, -j0, BN, D, V_STAGES, W_LAYOUT)
+    if PACKED and row + left < j0 + BN:
+        _clear_rows(values, n, row + left - j0, BN, BN, D, V_STAGES, W_LAYOUT)
     n += 1
 
     for t in range(1, any_end):
