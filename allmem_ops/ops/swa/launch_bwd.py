@@ -15,10 +15,10 @@ from allmem_ops._config import settings
 from allmem_ops.ops.kernels.configs import Config, Table, choose
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
 from allmem_ops.ops.kernels.launcher import unchecked
+from allmem_ops.ops.kernels.replay import Recorder, replay, traits
 from allmem_ops.ops.swa import launch_bwd_hopper as hopper
 from allmem_ops.ops.swa.kernels.bwd import ROW_TILE, swa_bwd_dkdv_kernel, swa_bwd_dq_kernel
 from allmem_ops.ops.swa.launch import describable, descriptor, padded_head_dim
-from allmem_ops.ops.swa.replay import Recorder, replay, traits
 
 # Shape class: (head dim rounded up to a power of two, bytes of an element). float32 is computed without tensor cores.
 DQ_CONFIGS: Table = {

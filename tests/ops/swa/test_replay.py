@@ -5,10 +5,11 @@ import torch
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from allmem_ops.ops.kernels import replay
 from allmem_ops.ops.kernels.launcher import unchecked
-from allmem_ops.ops.swa import launch_bwd, replay
+from allmem_ops.ops.kernels.replay import Recorder, traits
+from allmem_ops.ops.swa import launch_bwd
 from allmem_ops.ops.swa.launch_bwd import swa_triton_backward
-from allmem_ops.ops.swa.replay import Recorder, traits
 
 CUDA = torch.cuda.is_available()
 gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")

@@ -13,8 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from allmem_ops import swa
+from allmem_ops.ops.kernels import replay
 from allmem_ops.ops.kernels.configs import Config
-from allmem_ops.ops.swa import launch_bwd, launch_bwd_hopper, replay
+from allmem_ops.ops.swa import launch_bwd, launch_bwd_hopper
 from allmem_ops.ops.swa.chunk import swa_chunk_backward, swa_chunk_forward
 from allmem_ops.ops.swa.kernels import bwd, hopper_bwd
 from allmem_ops.ops.swa.launch_bwd import swa_triton_backward
