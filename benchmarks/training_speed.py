@@ -6,16 +6,16 @@
 A step is all of it: the teacher's forward pass, the student's, forward KL, backward, clipping, AdamW. "student" is the middle of it
 alone: forward, loss, backward. Parts:
 
-    kernels         impl="auto", launched one by one, window, sinks and chunk size drawn anew at every step
-    graph           forward and backward as a CUDA graph: one window, sinks and chunk size
-    draws           a CUDA graph for each of 8 draws
-    compiled        `graph`, and the norms and MLPs of the layers (the teacher's too) by torch.compile
-    chunk           `graph` with impl="chunk" (its batched products are an operator that torch.compile does not look into)
-    chunk_compiled  `compiled` with impl="chunk"
-    plain           the same student with windowed attention and no memory: forward, loss and backward to the embeddings, as a CUDA graph
-    plain_compiled  likewise, the norms and MLPs by torch.compile
-    losses          the loss curves of both implementations from the same seed
-    profile         the kernels that a step with impl="auto" spends its time in
+    kernels   impl="auto", launched one by one, window, sinks and chunk size drawn anew at every step
+    graph     forward and backward as a CUDA graph: one window, sinks and chunk size
+    draws     a CUDA graph for each of 8 draws
+    chunk     `graph` with impl="chunk" (its batched products are an operator that torch.compile does not look into)
+    student   the student alone, as a CUDA graph
+    plain     the same student with windowed attention and no memory: forward, loss and backward to the embeddings, as a CUDA graph
+    losses    the loss curves of both implementations from the same seed
+    profile   the kernels that a step with impl="auto" spends its time in
+
+All but the last two also as `graph_compiled` and the like: the norms and MLPs of the layers, the teacher's too, by torch.compile.
 
 One part's failure does not stop the others. Whole steps run one after another, `--steps` of them; parts of a step are medians.
 """
@@ -46,7 +46,8 @@ from allmem_ops.training.engine import TeacherAndStudent
 from allmem_ops.training.graph import GraphedSteps
 from benchmarks.measure import environment
 
-TIMED = ("kernels", "graph", "plain", "draws", "compiled", "plain_compiled", "chunk", "chunk_compiled")
+LAUNCHED = ("kernels", "graph", "student", "plain", "draws", "chunk")
+TIMED = (*LAUNCHED, *(f"{part}_compiled" for part in LAUNCHED))
 PARTS = (*TIMED, "profile", "losses")
 LR = 1e-3
 RANGES = {"window": (256, 2048), "sinks": (0, 128), "chunk_size": (256, 2048)}
@@ -76,7 +77,7 @@ def main() -> None:
         for batch in options.batches if part in TIMED else options.batches[-1:]:
             started = time.perf_counter()
             try:
-                found[part][str(batch)] = getattr(bench, part)(batch)
+                found[part][str(batch)] = bench.run(part, batch)
                 bench.say(part, batch, found[part][str(batch)])
             except Exception as error:
                 traceback.print_exc(limit=-3)
@@ -110,7 +111,7 @@ class Bench:
 
     def say(self, part: str, batch: int, values: dict[str, Any]) -> None:
         shown = {name: value for name, value in values.items() if not isinstance(value, (list, dict))}
-        print(f"{part:8s} batch {batch}: " + "  ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
+        print(f"{part:16s} batch {batch}: " + "  ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
 
     def batch(self, size: int) -> torch.Tensor:
         return self.rows[:size].to(self.options.device)
@@ -137,6 +138,15 @@ class Bench:
             if self.cuda:
                 torch.cuda.empty_cache()
 
+    def run(self, part: str, size: int) -> dict[str, Any]:
+        name, _, compiled = part.partition("_")
+        if compiled:
+            compile_blocks(self.model)
+        try:
+            return getattr(self, name)(size)
+        finally:
+            plain_blocks(self.model)
+
     def kernels(self, size: int) -> dict[str, Any]:
         return self.steps(size, Recipe(steps=10_000, lr=LR, **self.ranges), graph=False)
 
@@ -149,31 +159,11 @@ class Bench:
     def chunk(self, size: int) -> dict[str, Any]:
         return self.steps(size, Recipe(steps=10_000, lr=LR), impl="chunk")
 
-    def compiled(self, size: int) -> dict[str, Any]:
-        with self.blocks():
-            return self.graph(size)
-
-    def chunk_compiled(self, size: int) -> dict[str, Any]:
-        with self.blocks():
-            return self.chunk(size)
-
-    def plain_compiled(self, size: int) -> dict[str, Any]:
-        with self.blocks():
-            return self.plain(size)
-
     @property
     def ranges(self) -> dict[str, tuple[int, int]]:
         """The long run's, or what fits shorter rows."""
         longest = self.options.length // 4
         return {name: (min(low, longest // 2), min(high, longest)) for name, (low, high) in RANGES.items()}
-
-    @contextmanager
-    def blocks(self) -> Iterator[None]:
-        compile_blocks(self.model)
-        try:
-            yield
-        finally:
-            plain_blocks(self.model)
 
     def steps(self, size: int, recipe: Recipe, graph: bool = True, impl: str = "auto") -> dict[str, Any]:
         """Tokens a second of whole steps, and milliseconds of their parts where they are launched one by one."""
@@ -188,23 +178,38 @@ class Bench:
                 figures["kl_ms"] = self.kl_ms(teacher)
             return figures
 
+    def student(self, size: int) -> dict[str, Any]:
+        """Forward, loss and backward to the memory's parameters."""
+        with self.impl("auto"):
+            ids, passes = self.batch(size), TeacherAndStudent(self.model, 0, 1024)
+            return self.passes(lambda teacher: passes.student(ids, teacher), list(memory_parameters(self.model).values()), ids)
+
     def plain(self, size: int) -> dict[str, Any]:
         """Forward, loss and backward to the embeddings, without the memory."""
         with self.impl("auto"), memory_mode(self.model, "off"):
             ids = self.batch(size)
-            teacher = TeacherAndStudent(self.model, 0, 1024).teacher(ids)
             embeddings = self.model.get_input_embeddings()(ids).detach().requires_grad_()
 
-            def step(teacher: torch.Tensor) -> torch.Tensor:
-                embeddings.grad = None
+            def loss(teacher: torch.Tensor) -> torch.Tensor:
                 with unmasked(self.model):
                     hidden = self.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-                loss = forward_kl(hidden, teacher, self.head)
-                loss.backward()
-                return loss.detach()
+                return forward_kl(hidden, teacher, self.head)
 
-            run = GraphedSteps(step, [embeddings], [None], lambda _: None) if self.cuda else lambda _, x: step(x)
-            return self.timed(lambda: run(None, teacher), ids.numel(), self.options.steps)
+            return self.passes(loss, [embeddings], ids)
+
+    def passes(self, loss: Callable[[torch.Tensor], torch.Tensor], parameters: list[torch.Tensor], ids: torch.Tensor) -> dict[str, Any]:
+        """Forward and backward of `loss`, which takes the teacher's hidden states."""
+        teacher = TeacherAndStudent(self.model, 0, 1024).teacher(ids)
+
+        def both(teacher: torch.Tensor) -> torch.Tensor:
+            for p in parameters:
+                p.grad = None
+            found = loss(teacher)
+            found.backward()
+            return found.detach()
+
+        graph = GraphedSteps(both, parameters, [None], lambda _: None) if self.cuda else lambda _, x: both(x)
+        return self.timed(lambda: graph(None, teacher), ids.numel(), self.options.steps)
 
     def losses(self, size: int) -> dict[str, Any]:
         """Both curves, and their largest distance relative to the loss."""
