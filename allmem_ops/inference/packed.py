@@ -9,7 +9,6 @@ request the products of few rows are kernels of our own, which take norms and ac
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from allmem_ops._impl import resolve_impl
 from allmem_ops.hf import AllMemCache
 from allmem_ops.hf.runtime import Runtime, runtime_of
-from allmem_ops.layers.memory import MemoryBranch
+from allmem_ops.layers.memory import MemoryBranch, MemoryBranchState
 from allmem_ops.ops.precision import accumulator_dtype
 from allmem_ops.ops.swa.api import swa_step
+from allmem_ops.ops.ttt_mlp.slots import covers
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -174,6 +175,9 @@ class PackedStep:
             mlp = layer.module.mlp
             y = parts.normed_product(x, layer.module.post_attention_layernorm, *layer.gate_up)
             parts.add_gated_product(x, y, mlp.act_fn, mlp.down_proj)
+        forked = self._side is not None and not parts.one_chain and runtime.memory
+        if forked and any(layer.branch is not None for layer in self.layers):
+            torch.cuda.current_stream(x.device).wait_stream(self._side)  # the last folds
         norm = decoder.norm
         return F.linear(_on(x.device, rms_norm)(x, norm.weight, norm.variance_epsilon), self.model.get_output_embeddings().weight)
 
@@ -198,27 +202,40 @@ class PackedStep:
         heads = attention.q_proj.weight.shape[0] // D, attention.k_proj.weight.shape[0] // D
         y = parts.normed_product(x, layer.module.input_layernorm, *layer.inputs)
         first, last = sum(heads) * D, (sum(heads) + heads[1]) * D
-        readout = None
-        with self._beside(x.device):
-            if layer.branch is not None and runtime.memory:
-                projected = y[:, None, last : last + layer.branch.in_proj.out_features]
-                readout = layer.branch.step_readout(projected, state.memory, active)[:, 0]
         norms = None
         if hasattr(attention, "q_norm"):
             norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
         q, k, q_sinks = parts.rotated_heads(y, norms, heads, D, at, clamped)
         v = y[:, None, first:last].unflatten(-1, (heads[1], D))
+        readout, done, fold = None, None, None
+        if layer.branch is not None and runtime.memory:
+            columns = y[:, last : last + layer.branch.in_proj.out_features]
+            if self._side is None or parts.one_chain:
+                readout, fold = self._read_memory(columns, layer.branch, state.memory, active, parts.one_chain)
+            else:
+                self._side.wait_stream(torch.cuda.current_stream(x.device))
+                with torch.cuda.stream(self._side):
+                    readout, late = self._read_memory(columns, layer.branch, state.memory, active, False)
+                    done = self._side.record_event()
+                    late()  # nobody has to wait for it before the step's end
         o = self._attend(q, k, v, q_sinks, state.window, active, attention.scaling, runtime)
-        if self._side is not None:
-            torch.cuda.current_stream(x.device).wait_stream(self._side)
+        if fold is not None:
+            fold()
+        if done is not None:
+            torch.cuda.current_stream(x.device).wait_event(done)
         parts.add_products(x, o.flatten(1), attention.o_proj, None if readout is None else (readout, layer.memory_out))
 
-    def _beside(self, device: torch.device) -> AbstractContextManager:
-        """Work that starts here and runs beside what follows, up to the wait for `_side`: the memory beside attention."""
-        if self._side is None:
-            return nullcontext()
-        self._side.wait_stream(torch.cuda.current_stream(device))
-        return torch.cuda.stream(self._side)
+    def _read_memory(
+        self, columns: Tensor, branch: MemoryBranch, state: MemoryBranchState, active: Tensor, beside: bool
+    ) -> tuple[Tensor, Callable[[], None]]:
+        """The readout [B, H*d] from the memory's columns of the projection, and what is left to do for the state afterwards."""
+        config = branch.config
+        if covers(config.head_dim, config.hidden) and resolve_impl("ttt_mlp_step", config.impl, columns) == "triton":
+            from allmem_ops.inference import launch  # noqa: PLC0415 - it imports triton
+
+            if launch.holds(branch, columns.dtype):
+                return launch.memory(columns, branch, state, active, beside=beside)
+        return branch.step_readout(columns[:, None], state, active)[:, 0], lambda: None
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, q_sinks: Tensor | None, window: Any, active: Tensor, scale: float, runtime: Runtime
@@ -228,7 +245,9 @@ class PackedStep:
 
 
 class _Plain:
-    """The products of a layer by the library, the rest compiled where there is a GPU."""
+    """The products of a layer by the library, the rest compiled where there is a GPU; the memory beside attention on another stream."""
+
+    one_chain = False
 
     def normed_product(self, x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(_on(x.device, rms_norm)(x, norm.weight, norm.variance_epsilon), weight, bias)
@@ -249,7 +268,10 @@ class _Plain:
 
 
 class _Kernels:
-    """The same by `launch`: a product with all that stands around it is one kernel."""
+    """The same by `launch`: a product with all that stands around it is one kernel. Each kernel is launched while the one before it runs,
+    and the memory and its fold run beside the one that they follow: a second stream would break that chain at its fork and its join."""
+
+    one_chain = True
 
     def __init__(self) -> None:
         from allmem_ops.inference import launch  # noqa: PLC0415 - it imports triton
@@ -272,7 +294,7 @@ class _Kernels:
         self.launch.linear(y, down.weight, down.bias, gated=True, into=x)
 
     def add_products(self, x: Tensor, y: Tensor, layer: nn.Linear, also: tuple[Tensor, Tensor] | None) -> None:
-        self.launch.linear(y, layer.weight, layer.bias, also=also, into=x, early=also is None)  # with the memory it waits for two streams
+        self.launch.linear(y, layer.weight, layer.bias, also=also, into=x)
 
 
 def fits(model: nn.Module) -> bool:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from allmem_ops import AllMemConfig
 from allmem_ops.hf import AllMemCache, convert
 from allmem_ops.hf.convert import memory_branches
 from allmem_ops.inference import launch, packed
 from allmem_ops.inference.packed import PackedStep, gated, rms_norm, rotated_heads
+from allmem_ops.layers.memory import MemoryBranch
 from allmem_ops.testing import assert_within_budget
 from tests.hf.tiny import awaken, tiny_config, tiny_model, tokens
 
@@ -106,7 +108,8 @@ def test_two_runs_are_bitwise_equal(device):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_step_on_the_kernels_is_the_plain_one(device, monkeypatch, family, batch):
     """The whole packed step, float16: layers with biases, with norms of the heads, without a memory."""
-    model = awaken(convert(tiny_model(family, num_hidden_layers=2), tiny_config(head_dim=16, impl="chunk", memory_layers=(0,))))
+    config = tiny_config(head_dim=16, impl="auto" if CUDA else "chunk", memory_layers=(0,))
+    model = awaken(convert(tiny_model(family, num_hidden_layers=2), config))
     model = model.to(device).half()
     for branch in memory_branches(model):
         branch.float()
@@ -117,3 +120,41 @@ def test_a_step_on_the_kernels_is_the_plain_one(device, monkeypatch, family, bat
         cache, active = AllMemCache(model, batch), torch.ones(batch, dtype=torch.bool, device=device)
         found[name] = torch.stack([step(token, active, cache) for token in ids.split(1, 1)], 1)
     assert_within_budget("logits", found["kernels"], found["plain"], found["exact"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gate": "channel", "conv_size": 1, "qk_norm": "l2", "qk_activation": "none", "readout_norm": False},
+        {"gate": "none", "conv_size": 2, "qk_norm": "rms", "residual": not AllMemConfig().residual},
+    ],
+    ids=["defaults", "channel gate", "no gate"],
+)
+@torch.no_grad()
+def test_memory_is_the_three_kernels_it_stands_for(device, dtype, options):
+    """Readout and every tensor of the state over chunk edges, with a row that is not active at times; a branch without writes."""
+    config = AllMemConfig(
+        **{"window": 16, "sinks": 2, "chunk_size": 4, "head_dim": 16, "hidden_dim": 16, "heads": 2, "impl": "triton", **options}
+    )
+    branch = MemoryBranch(32, config, device=device)
+    for p in branch.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    states = [branch.initial_state(3, dtype) for _ in range(2)]
+    for step in range(6):
+        branch.writes = step != 3
+        # columns behind those of the memory, as `PackedStep` has them
+        x = torch.randn(3, branch.in_proj.out_features + 5, device=device).to(dtype)
+        active = torch.tensor([True, step % 3 != 1, step > 2], device=device)
+        expected = branch.step_readout(x[:, None], states[0], active)[:, 0]
+        got, fold = launch.memory(x, branch, states[1], active)
+        fold()
+        # In half precision a key may be rounded to its neighbour, by which a gradient differs.
+        close = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 5e-3}
+        torch.testing.assert_close(got, expected, **close)
+        for part in ("memory", "conv"):
+            one, other = (getattr(state, part).tensors() for state in states)
+            for name, tensor in one.items():
+                torch.testing.assert_close(other[name], tensor, **close, msg=lambda text, name=name: f"{name}: {text}")
+    assert got.abs().max() > 0.01 and not torch.equal(states[1].memory.w_gate[0], states[1].memory.w_gate[2])

@@ -31,6 +31,11 @@ def split_count(pairs: int, slots: int, block: int, sms: int) -> int:
     return max(1, min(2 * sms // pairs, max(blocks // 6, min(sms // pairs, blocks)), MAX_SPLITS))
 
 
+def fetches(key_bytes: int) -> bool:
+    """Whether the cache is fetched into L2 before the kernel waits for q: a part of L2 has to hold it."""
+    return key_bytes <= 12e6
+
+
 def swa_step(
     q: Tensor,
     k: Tensor,
@@ -69,7 +74,12 @@ def swa_step(
     # Launched early, the first kernel finds the SMs unevenly free: with one range a head that costs 3 to 10 % (H100, batch 32: 191
     # against 196 to 212 us), with several it saves a launch (0.4 of 11 us).
     BG, BC = max(16, 1 << (G - 1).bit_length()), min(BD, 64)
-    args = (q, q_sinks, *buffers, *stride_q, *stride_f, *sizes, G, D, BG, BD, config.constants["BN"], pdl)
+    fetch = (
+        D * q.element_size()
+        if pdl and splits > 1 and D * q.element_size() % 16 == 0 and fetches(B * (window + sinks) * HK * D * q.element_size())
+        else 0
+    )
+    args = (q, q_sinks, *buffers, *stride_q, *stride_f, *sizes, G, D, BG, BD, config.constants["BN"], pdl, fetch)
     options = config.launch_options()
     launch_plain(swa_step_split_kernel, q.device, (HK, splits, B), args, options | early if splits > 1 else options)
     args = (q, k, v, *buffers, o, *stride_q, *stride_k, *stride_v, *sizes, G, D, BD, 32, BC, pdl)

@@ -67,9 +67,7 @@ def ttt_mlp_step(
     chunk_size, norm, residual, grad_clip, eps = options
     stride_a = 0 if active is None else active.stride(0)
     BD, device = _padded(d), q.device
-    config = candidates(_FOLD if T == 1 else _SEGMENTS, gpu_class(device), (BD, short(q.dtype)))[0]
     sizes = [d, h, BD]
-    fold = [*sizes, config.constants["HS"], config.constants["BT"], _NORM[norm]]
     if T == 1:
         pdl = gpu_class(device) != "sm80"
         launch = {"launch_pdl": True} if pdl else {}
@@ -77,16 +75,35 @@ def ttt_mlp_step(
         args = [q, k, v, eta, mu, *rounded, mu_sum, *tails, count, tail, active, seen, o, H, *strides, stride_a]
         args += [*sizes, min(_padded(h), 8192 // BD), residual, pdl]
         launch_plain(ttt_mlp_step_token_kernel, device, N * H, args, {"num_warps": 8, **launch})
-        args = [*matrices[:3], *rounded, *matrices[3:], *norms, mu_sum, *tails, count, position, tail, seen]
-        args += [N, H, chunk_size, grad_clip, eps, *fold, "ieee", pdl]
-        launch_plain(ttt_mlp_step_fold_kernel, device, min(N * H, sm_count(device)), args, config.launch_options() | launch)
+        fold_due(state, norms, seen, short(q.dtype), options)
     else:
+        config = candidates(_SEGMENTS, gpu_class(device), (BD, short(q.dtype)))[0]
+        fold = [*sizes, config.constants["HS"], config.constants["BT"], _NORM[norm]]
         strides = [s for x in (q, k, v, eta, mu) for s in x.stride()]
         args = [q, k, v, eta, mu, *matrices[:3], *rounded, *matrices[3:], *norms, mu_sum, *tails, count, tail, active, seen, o, H, T]
         args += [chunk_size, grad_clip, eps, *strides, stride_a, *fold, residual, "ieee"]
         launch_plain(ttt_mlp_step_segments_kernel, device, N * H, args, config.launch_options())
         launch_plain(ttt_mlp_step_count_kernel, device, -(-N // 128), [count, position, tail, seen, N, T, chunk_size], {"num_warps": 4})
     return o
+
+
+def fold_due(state: Sequence[Tensor], norms: Sequence[Tensor], seen: Tensor, dtype: str, options: Options, *, late: bool = False) -> None:
+    """After one more token: fold full tails, commit full chunks, move the counters on.
+
+    seen: the counters as they were before that token.
+    late: between the kernel that read the token and this one there is another, beside which this one may run.
+    """
+    *matrices, mu_sum, count, position, tail_k, tail_v, tail_eta, tail = state[:16]
+    rounded = state[16:] or matrices[:3]
+    N, H, h = norms[0].shape
+    d, device = norms[2].shape[-1], seen.device
+    chunk_size, norm, _, grad_clip, eps = options
+    config, pdl = candidates(_FOLD, gpu_class(device), (_padded(d), dtype))[0], gpu_class(device) != "sm80"
+    args = [*matrices[:3], *rounded, *matrices[3:], *norms, mu_sum, tail_k, tail_v, tail_eta, count, position, tail, seen]
+    args += [N, H, chunk_size, grad_clip, eps, d, h, _padded(d), config.constants["HS"], config.constants["BT"], _NORM[norm], "ieee", pdl]
+    args.append(late)
+    early = {"launch_pdl": True} if pdl else {}
+    launch_plain(ttt_mlp_step_fold_kernel, device, min(N * H, sm_count(device)), args, config.launch_options() | early)
 
 
 def ttt_mlp_folded(

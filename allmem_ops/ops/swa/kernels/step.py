@@ -18,11 +18,34 @@ import triton.language as tl
 
 # The running maximum of a range without a visible slot: finite, so that no difference is inf - inf.
 _LOWEST = tl.constexpr(-1e38)
+# Rows that a program has fetched at once: a thread each.
+_FETCHED = tl.constexpr(64)
 
 
 @triton.jit
 def _new_slot(position, window, sinks):
     return tl.where(position < sinks, position, sinks + (position - sinks) % window)
+
+
+@triton.jit
+def _range(position, window, sinks, i_s, splits):
+    """Slots [start, end) of range i_s: the filled ones are shared out evenly, by 16: a cache that is hardly filled keeps all busy too."""
+    filled = tl.cast(tl.minimum(position, window + sinks), tl.int32)
+    units = tl.cdiv(filled, 16)
+    return i_s * units // splits * 16, tl.minimum((i_s + 1) * units // splits * 16, filled)
+
+
+@triton.jit
+def _fetch(p, m_s, BYTES: tl.constexpr):
+    """Have the L2 cache read BYTES at each pointer of m_s; nothing waits for it."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
+        "=r,l,r,r",
+        [tl.cast(p, tl.int64), tl.cast(m_s, tl.int32), tl.full([1], BYTES, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit(do_not_specialize=["window", "sinks", "splits"])
@@ -55,21 +78,34 @@ def swa_step_split_kernel(
     BD: tl.constexpr,
     BN: tl.constexpr,
     PDL: tl.constexpr,
+    FETCH: tl.constexpr,
 ):
-    """Grid (HK, splits, B): heads vary fastest, so that programs that run together read neighbouring memory."""
+    """Grid (HK, splits, B): heads vary fastest, so that programs that run together read neighbouring memory.
+
+    FETCH: the bytes of a slot's row, or 0: the cache is on its way to L2 while the kernel before runs, which makes q and not the cache.
+    """
+    i_h, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
+    HK = tl.num_programs(0)
+    sink_k += (i_b * sinks * HK + i_h) * D
+    sink_v += (i_b * sinks * HK + i_h) * D
+    ring_k += (i_b * window * HK + i_h) * D
+    ring_v += (i_b * window * HK + i_h) * D
+    if FETCH > 0:
+        start, end = _range(tl.load(positions + i_b), window, sinks, i_s, splits)
+        for s0 in range(start, end, _FETCHED):
+            o_s = s0 + tl.arange(0, _FETCHED)
+            sink = o_s < sinks
+            o_r = tl.cast(tl.where(sink, o_s, o_s - sinks), tl.int64) * HK * D
+            _fetch(tl.where(sink, sink_k + o_r, ring_k + o_r), o_s < end, FETCH)
+            _fetch(tl.where(sink, sink_v + o_r, ring_v + o_r), o_s < end, FETCH)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    i_h, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
-    HK = tl.num_programs(0)
-    position = tl.load(positions + i_b)
-    filled = tl.minimum(position, window + sinks)
-    if active is not None:
-        filled = tl.where(tl.load(active + i_b * stride_a) != 0, filled, 0)
+    position = tl.load(positions + i_b, volatile=FETCH > 0)
+    on = position if active is None else tl.where(tl.load(active + i_b * stride_a) != 0, position, 0)
     if (i_h == 0) & (i_s == 0):
         # The second kernel's programs need the position, which one of them moves on.
         tl.store(seen + i_b, position)
-    filled = tl.cast(filled, tl.int32)
     new = tl.cast(_new_slot(position, window, sinks), tl.int32)
 
     o_g, o_d, o_n = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BN)
@@ -79,18 +115,11 @@ def swa_step_split_kernel(
     b_q = tl.load(q + i_b * stride_qb + o_h[:, None] * stride_qh + o_d[None, :] * stride_qd, mask=m_q, other=0.0)
     if q_sinks is not None:
         b_f = tl.load(q_sinks + i_b * stride_fb + o_h[:, None] * stride_fh + o_d[None, :] * stride_fd, mask=m_q, other=0.0)
-    sink_k += (i_b * sinks * HK + i_h) * D
-    sink_v += (i_b * sinks * HK + i_h) * D
-    ring_k += (i_b * window * HK + i_h) * D
-    ring_v += (i_b * window * HK + i_h) * D
 
     b_m = tl.full([BG], _LOWEST, tl.float32)
     b_l = tl.zeros([BG], tl.float32)
     b_o = tl.zeros([BG, BD], tl.float32)
-    # The filled slots are shared out evenly, by 16: a cache that is hardly filled keeps all programs busy too.
-    units = tl.cdiv(filled, 16)
-    start = i_s * units // splits * 16
-    end = tl.minimum((i_s + 1) * units // splits * 16, filled)
+    start, end = _range(on, window, sinks, i_s, splits)
     for s0 in range(start, end, BN):
         o_s = s0 + o_n
         # The slot of the new token holds nothing yet, or the token that leaves the window.

@@ -193,7 +193,7 @@ def _kept(tail, i_n):
 
 
 @triton.jit
-def _counters(count, tail, active, stride_a, i_n):
+def step_counters(count, tail, active, stride_a, i_n):
     """(whether the sequence takes part, tokens in its open chunk, tokens in its tail), int32."""
     on = i_n >= 0
     if active is not None:
@@ -232,7 +232,7 @@ def ttt_mlp_step_token_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     i_x = tl.cast(tl.program_id(0), tl.int64)
     i_n, i_h = i_x // H, i_x % H
-    on, held, kept = _counters(count, tail, active, stride_a, i_n)
+    on, held, kept = step_counters(count, tail, active, stride_a, i_n)
     if i_h == 0:
         tl.store(seen + 2 * i_n, tl.where(on, kept, -1))
         tl.store(seen + 2 * i_n + 1, held)
@@ -276,14 +276,16 @@ def ttt_mlp_step_fold_kernel(
     w_gate, w_up, w_down, r_gate, r_up, r_down, m_gate, m_up, m_down, g_gate, g_up, g_down, n_gate, n_up, n_down,
     mu_sum, tail_k, tail_v, tail_eta, count, position, tail, seen, N, H, chunk_size, grad_clip, eps,
     D: tl.constexpr, HID: tl.constexpr, BD: tl.constexpr, HS: tl.constexpr, BT: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Any grid: after one more token, fold the tails that are full or end a chunk, commit full chunks, move the counters on.
 
     Every program looks through all sequences and takes its share of the heads of those that are due: usually none, and it ends.
+    LATE: the kernel before has nothing to do with the memory, and the one before that is done: it is waited for at the end.
     """
-    if PDL:
+    if PDL and not LATE:
         tl.extra.cuda.gdc_wait()
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     programs = tl.num_programs(0)
     o_b = tl.arange(0, _BATCH)
@@ -316,6 +318,8 @@ def ttt_mlp_step_fold_kernel(
                 tl.store(mu_sum + i_x, 0.0)
         if tl.program_id(0) == 0:
             _advance(count, position, tail, seen, o_n, N, 1, chunk_size)
+    if PDL and LATE:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -399,7 +403,7 @@ def ttt_mlp_step_segments_kernel(
     """Grid (N * H): T tokens in segments that end where the tail or the chunk is full."""
     i_x = tl.cast(tl.program_id(0), tl.int64)
     i_n, i_h = i_x // H, i_x % H
-    on, held, kept = _counters(count, tail, active, stride_a, i_n)
+    on, held, kept = step_counters(count, tail, active, stride_a, i_n)
     if i_h == 0:
         tl.store(seen + 2 * i_n, tl.where(on, kept, -1))
         tl.store(seen + 2 * i_n + 1, held)
