@@ -12,8 +12,8 @@ from allmem_ops._validation import short
 from allmem_ops.ops.kernels.configs import candidates
 from allmem_ops.ops.kernels.device import gpu_class, sm_count
 from allmem_ops.ops.kernels.launcher import launch
-from allmem_ops.ops.ttt_mlp.configs import CHAIN, READ
-from allmem_ops.ops.ttt_mlp.kernels import chain, persistent
+from allmem_ops.ops.ttt_mlp.configs import CHAIN, OWNED, READ
+from allmem_ops.ops.ttt_mlp.kernels import chain, owned, persistent
 from allmem_ops.ops.ttt_mlp.kernels import read as read_kernels
 from allmem_ops.ops.ttt_mlp.kernels.common import NONE, POST_WRITE, PRE_WRITE
 from allmem_ops.ops.ttt_mlp.kernels.plan import ttt_mlp_plan_kernel
@@ -24,6 +24,10 @@ from allmem_ops.ops.ttt_mlp.slots import spans as spans_of
 
 # Programs of the read on an SM, counting those that wait.
 WAVES = 2
+# Chunks of up to so many tokens take the chain whose programs take all of them (owned.py), where it has a config and its programs fit. It
+# takes 2.7 us a chunk and 9.4 us for each 1000 of its tokens, the one that splits tokens 7.5 and 3.8; the reverse chains 4.6 and 13.5, and
+# 13.7 and 3.3 (H100, 8 heads of 64, hidden 128).
+OWNED_TOKENS = 768
 NORM = {"none": NONE.value, "pre_write": PRE_WRITE.value, "post_write": POST_WRITE.value}
 # Decided when triton is imported, for good.
 INTERPRET = settings().interpret
@@ -53,6 +57,7 @@ class Recipe(NamedTuple):
     shape: dict[str, int]
     chain: Kind  # of the programs with a token loop: tile, arithmetic, warps and stages
     read: Kind
+    owned: Kind | None  # of the chain whose programs take all tokens, where it exists
 
 
 @functools.cache
@@ -63,6 +68,7 @@ def recipe(device: torch.device, d: int, h: int, dtype: torch.dtype) -> Recipe:
     # bfloat16 hides the error of the special function unit; the interpreter knows no PTX
     arithmetic = {"PREC": "ieee", "FAST": dtype == torch.bfloat16 and not INTERPRET}
     of_chain, of_read = (candidates(table, gpu, shape_class)[0] for table in (CHAIN, READ))
+    of_owned = candidates(OWNED, gpu, shape_class)[0] if (gpu, shape_class) in OWNED and not INTERPRET else None
     HS = of_chain.constants["HS"]
     resident = h <= 2 * of_read.constants["BH"] and BD * h <= 64 * 128 and dtype != torch.float32
     # Triton 3.6 does not compile the persistent chain for sm100 (an assertion in its pass NVWSInsertTmemAref)
@@ -71,6 +77,7 @@ def recipe(device: torch.device, d: int, h: int, dtype: torch.dtype) -> Recipe:
         sm_count(device), may_stay, HS, -(-h // HS), shape,
         Kind({"BT": of_chain.constants["BT"], **arithmetic}, of_chain.launch_options()),
         Kind({**shape, "RESIDENT": resident, **of_read.constants, **arithmetic}, of_read.launch_options()),
+        None if of_owned is None else Kind({**of_owned.constants, **arithmetic}, of_owned.launch_options()),
     )  # fmt: skip
 
 
@@ -185,8 +192,9 @@ def write(
     _, tokens, heads, d = k.shape
     h = weights[0].shape[1]
     chunk_size, norm, _, grad_clip, eps = options
-    sms, may_stay, HS, slices, shape, kind, _ = recipe(k.device, d, h, k.dtype)
+    sms, may_stay, HS, slices, shape, kind, _, of_owned = recipe(k.device, d, h, k.dtype)
     X = spans.sequences * heads
+    owners = 0 if of_owned is None else -(-h // of_owned.constants["HS"])
     SP = splits(X * slices, HS, sms)
     parts = slices * SP
     state_w, state_m, state_g, mu_held, count = NO_STATE
@@ -199,18 +207,23 @@ def write(
     case = {"STATE": spans.carried, "PACKED": spans.packed, "KEEP": spans.keep}
     normed = {**shape, "HS": HS, "SP": SP, "NORM": NORM[norm]}
     saving = {"SAVE_M": out.m is not None, "FAST": kind.constants["FAST"]}
-    if may_stay and parts <= sms:
-        groups = min(X, sms // parts)
-        scratch = call.keep(empty(X * (((SP if SP > 1 else 0) + 1) * 3 * d * h + parts * (3 * d + 6))))
+    alone = 0 < X * owners <= sms and chunk_size <= OWNED_TOKENS and (may_stay or owners == 1)
+    if alone or (may_stay and parts <= sms):
+        groups = X if alone else min(X, sms // parts)
+        room = owners * (3 * d + 6) if alone else ((SP if SP > 1 else 0) + 1) * 3 * d * h + parts * (3 * d + 6)
+        scratch = call.keep(empty(X * room))
         counters = call.keep(torch.zeros(groups * 32, dtype=torch.int32, device=k.device), zero=True)
         args = [
             k, v, eta, mu, *span, *weights, *state_w, *state_m, *state_g, mu_held,
             out.x, x_read, out.m, out.size, out.n, out.mu_mean, out.g_size, *out[1:11],
             counters, scratch, X, *sizes, eps, grad_clip, *strides,
         ]  # fmt: skip
+        if alone:
+            kernel, programs, kind = owned.ttt_mlp_fwd_owned_kernel, X * owners, of_owned
+        else:
+            kernel, programs = persistent.ttt_mlp_fwd_chain_kernel, groups * parts
         constants = {**normed, **case, **saving, **kind.constants, "CLIP": clipped, "BM": BM}
-        launch_options = {**kind.options, "launch_cooperative_grid": True}
-        run(persistent.ttt_mlp_fwd_chain_kernel, call, k.device, groups * parts, args, constants, launch_options)
+        run(kernel, call, k.device, programs, args, constants, {**kind.options, "launch_cooperative_grid": True})
         return
     call.note(None, 0, ())  # launches of their own, not to be done again
     m, slabs = empty(X, 3, d, h), empty(X, SP, 3, d, h)
@@ -249,7 +262,7 @@ def read(
 ) -> None:
     """All reads, once every slot is filled."""
     _, tokens, heads, d = q.shape
-    sms, *_, kind = recipe(q.device, d, x_read.shape[-1], q.dtype)
+    sms, *_, kind, _ = recipe(q.device, d, x_read.shape[-1], q.dtype)
     # Programs for a slot and head: as many as a chunk of the average length has tiles, fewer where that fills the GPU several times.
     slots = spans.slots
     tiles = -(-spans.batch * tokens // (slots * kind.constants["BT"]))

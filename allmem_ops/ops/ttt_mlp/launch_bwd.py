@@ -21,9 +21,9 @@ from allmem_ops._validation import short
 from allmem_ops.ops.kernels.configs import candidates
 from allmem_ops.ops.kernels.device import gpu_class, interpreted, sm_count
 from allmem_ops.ops.ttt_mlp import configs_bwd
-from allmem_ops.ops.ttt_mlp.kernels import bwd_chain, bwd_last, bwd_persistent, bwd_read
+from allmem_ops.ops.ttt_mlp.kernels import bwd_chain, bwd_last, bwd_owned, bwd_persistent, bwd_read
 from allmem_ops.ops.ttt_mlp.kernels.bwd_regions import GROUPS, scratch_size
-from allmem_ops.ops.ttt_mlp.launch import NORM, Kind, layout, power_of_two, run, traits
+from allmem_ops.ops.ttt_mlp.launch import NORM, OWNED_TOKENS, Kind, layout, power_of_two, run, traits
 from allmem_ops.ops.ttt_mlp.reference import Options
 from allmem_ops.ops.ttt_mlp.replay import Call, replay
 from allmem_ops.ops.ttt_mlp.slots import Outputs, State
@@ -55,6 +55,7 @@ class Recipe(NamedTuple):
     carry: Kind  # what the chain's kernels without a token loop take of it
     last: Kind
     room: int  # programs of the persistent chain that are resident at a time
+    owned: Kind | None  # of the chain whose programs take all tokens, where it exists; one of them to an SM
 
 
 @functools.cache
@@ -78,6 +79,7 @@ def recipe(gpu: str, sms: int, interpret: bool, d: int, h: int, dtype: torch.dty
         carry=Kind({name: chain.constants[name] for name in (*shape, "BH", "FAST")}, {"num_warps": chain.options["num_warps"]}),
         last=of(configs_bwd.LAST, BR=min(shape_class[0], 32), BC=16, BS=chain.constants["BH"]),
         room=room,
+        owned=of(configs_bwd.OWNED) if (gpu, shape_class) in configs_bwd.OWNED and not interpret else None,
     )
 
 
@@ -122,7 +124,7 @@ def ttt_mlp_triton_backward(
         d_end: gradients of the final state's w_gate, w_up, w_down, m_gate, m_up, m_down, each perhaps None.
         saved: what the forward returned; of it `n` and what follows is read.
         persistent: whether the chain is one launch of programs that meet at barriers, or two or three launches a chunk, with the same
-            result; None: where all the programs of a head can be resident.
+            result; None: where all the programs of a head can be resident, and for short chunks the chain of bwd_owned.py.
         others: as the forward took them.
     """
     chunk_size, norm, residual, grad_clip, eps = options
@@ -154,9 +156,12 @@ def ttt_mlp_triton_backward(
     interpret = interpreted(device)
     r = recipe(gpu_class(device), sm_count(device), interpret, d, h, q.dtype)
     R, X = spans.slots * H, N * H
-    BH = r.chain.constants["BH"]
+    owned = r.owned if grad_clip is None and persistent is None and chunk_size <= OWNED_TOKENS else None
+    if owned is not None and X * -(-h // owned.constants["BH"]) > sm_count(device):
+        owned = None
+    BH = (owned or r.chain).constants["BH"]
     slices = -(-h // BH)
-    SP = splits(X * slices, r.room)
+    SP = 1 if owned is not None else splits(X * slices, r.room)
     parts = slices * SP
     operands = new(6 * R * d * h, dtype=r.wide)
     scratch = new(scratch_size(R, X, d, h, BH, parts))
@@ -199,7 +204,14 @@ def ttt_mlp_triton_backward(
     # the reverse chain
     strides = *k.stride(), *v.stride(), *eta.stride()
     case |= {"KEEP": keep, "NORM": NORM[norm], "SP": SP, "END": END, "CLIP": CLIP, "SAVE_M": SAVE_M}
-    if persistent if persistent is not None else not interpret and parts <= r.room:
+    stays = persistent if persistent is not None else not interpret and parts <= r.room
+    if owned is not None:
+        run(
+            bwd_owned.ttt_mlp_bwd_owned_kernel, call, device, X * parts,
+            [k, v, eta, *span, first, x, size, n, mu_mean, operands, scratch, R, X, *sizes, eps, *strides],
+            {**owned.constants, **case}, {**owned.options, "launch_cooperative_grid": True},
+        )  # fmt: skip
+    elif stays:
         groups = min(X, r.room // parts, GROUPS.value)
         run(
             bwd_persistent.ttt_mlp_bwd_chain_kernel, call, device, groups * parts,
@@ -225,7 +237,7 @@ def ttt_mlp_triton_backward(
             k, v, eta, *out[1:5], *span, slots, *momentum, *weights, *out[5:8], *(of_state or (None,) * 6), operands, scratch,
             R, N, *sizes, tiles, eps, *strides,
         ],
-        {**r.last.constants, **case, "PARTS": parts}, r.last.options,
+        {**r.last.constants, **case, "PARTS": parts, "BS": BH}, r.last.options,
     )  # fmt: skip
     if key is not None:
         call.file(key, results)

@@ -45,18 +45,18 @@ def ttt_mlp() -> None:
     from allmem_ops.ops.ttt_mlp.launch_step import ttt_mlp_folded, ttt_mlp_step
     from allmem_ops.ops.ttt_mlp.reference import Options
 
-    for dtype, H, d, h, packed, norm, clip in (
-        (HALF, 8, 64, 128, False, "pre_write", None),
-        (HALF, 8, 64, 128, True, "post_write", 1.0),
-        (HALF, 16, 128, 256, False, "pre_write", None),
-        (SINGLE, 8, 64, 128, False, "pre_write", None),
+    for dtype, H, d, h, packed, norm, clip, chunk_size in (
+        (HALF, 8, 64, 128, False, "pre_write", None, 512),
+        (HALF, 8, 64, 128, True, "post_write", 1.0, 2048),
+        (HALF, 16, 128, 256, False, "pre_write", None, 2048),
+        (SINGLE, 8, 64, 128, False, "pre_write", None, 2048),
     ):
         T = 8192
         q, k, v = (empty(1, T, H, d, dtype=dtype) for _ in range(3))
         eta, mu = empty(1, T, H, 3), empty(1, T, H)
         weights = [empty(H, h, d), empty(H, h, d), empty(H, d, h)]
         cu = empty(9, dtype=OFFSETS) if packed else None
-        options = Options(2048, norm, True, clip, 1e-5)
+        options = Options(chunk_size, norm, True, clip, 1e-5)
 
         saved = ttt_mlp_triton_forward(q, k, v, eta, mu, weights, None, cu, options, False, True)
         ttt_mlp_triton_backward(q, [None] * 6, q, k, v, eta, mu, weights, None, cu, saved, options, False)

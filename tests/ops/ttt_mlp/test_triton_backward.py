@@ -287,6 +287,44 @@ def test_strided_inputs_and_gradients(device):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+# ---- the chain whose programs take all of a chunk's tokens: with bfloat16 on a GPU what runs; here one program, with nobody to wait for
+
+
+@pytest.fixture
+def owned(monkeypatch):
+    """Counts the launches of that chain, which it makes the interpreter take."""
+    programs, taken = launch_bwd.run, []
+    monkeypatch.setattr(launch_bwd, "run", lambda kernel, *rest: (taken.append("owned" in kernel.__name__), programs(kernel, *rest)))
+    monkeypatch.setattr(replay, "_replays", {})
+    if not CUDA:
+        recipe = launch_bwd.recipe
+
+        def with_owned(*key):
+            known = recipe(*key)
+            return known._replace(owned=known.chain)
+
+        monkeypatch.setattr(launch_bwd, "recipe", with_owned)
+        monkeypatch.setattr(launch_bwd, "sm_count", lambda _: 8)
+    return taken
+
+
+TAKES_ALL = {"batch": 2, "heads": 2, "length": 700, "d": 64, "h": 128} if CUDA else SMALL | {"length": 40, "batch": 2}
+
+
+@pytest.mark.parametrize("norm", ["pre_write", "post_write", "none"])
+@pytest.mark.parametrize("carried", [False, True])
+def test_programs_that_take_all_tokens(norm, carried, device, owned):
+    dtype, chunk_size = (torch.bfloat16, 300) if CUDA else (torch.float32, 17)
+    state = some_state(inputs(dtype=dtype, **TAKES_ALL), 2, chunk_size, [3, 0], norm=norm) if carried else None
+    compare(device, dtype, TAKES_ALL, state=state, chunk_size=chunk_size, norm=norm)
+    assert any(owned)
+
+
+def test_a_clip_takes_the_other_chain(device, owned):
+    compare(device, torch.float32, SMALL, chunk_size=4, grad_clip=0.3)
+    assert not any(owned)
+
+
 # ---- on a GPU
 
 
@@ -294,8 +332,9 @@ def test_strided_inputs_and_gradients(device):
 @pytest.mark.parametrize("shape", [{"length": 1000}, {"length": 1000, "batch": 40, "heads": 8}], ids=["resident", "in turns"])
 def test_the_persistent_chain_equals_its_twin(shape, device, monkeypatch):
     x = on(device, inputs(dtype=torch.bfloat16, **{"batch": 2, "heads": 2, "d": 64, "h": 128, "eta": 0.01} | shape))
-    want = everything(x, "triton", chunk_size=96)
     whole = launch_bwd.ttt_mlp_triton_backward
+    monkeypatch.setattr(launch_bwd, "ttt_mlp_triton_backward", lambda *args: whole(*args, persistent=True))
+    want = everything(x, "triton", chunk_size=96)
     monkeypatch.setattr(launch_bwd, "ttt_mlp_triton_backward", lambda *args: whole(*args, persistent=False))
     got = everything(x, "triton", chunk_size=96)
     assert all(torch.equal(t, want[name]) for name, t in got.items())
@@ -336,8 +375,9 @@ def test_forward_and_backward_take_what_the_issue_allows(device):
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
-def test_the_barriers_hold_beside_a_busy_stream_and_in_two_streams_at_once(device):
-    x = on(device, inputs(batch=1, length=600, heads=8, d=64, h=128, dtype=torch.bfloat16, eta=0.01))
+@pytest.mark.parametrize("batch", [1, 2], ids=["all tokens", "tokens split"])
+def test_the_barriers_hold_beside_a_busy_stream_and_in_two_streams_at_once(device, batch):
+    x = on(device, inputs(batch=batch, length=120, heads=8, d=64, h=128, dtype=torch.bfloat16, eta=0.01))
     do = torch.randn_like(x["q"])
 
     def gradients():

@@ -350,6 +350,58 @@ def test_a_fault_is_seen(device, monkeypatch, fault):
     assert worst() > 1e-3
 
 
+# ---- the form whose programs take all of a chunk's tokens: with bfloat16 on a GPU what runs; here one program, with nobody to wait for
+
+
+@pytest.fixture
+def owned(monkeypatch):
+    """Counts the launches of that form, which it makes the interpreter take."""
+    programs, taken = launch.run, []
+    monkeypatch.setattr(launch, "run", lambda kernel, *rest: (taken.append("owned" in kernel.__name__), programs(kernel, *rest)))
+    if not GPU:
+        recipe = launch.recipe
+
+        def with_owned(*key):
+            known = recipe(*key)
+            return known._replace(sms=8, owned=launch.Kind({**known.chain.constants, "HS": 16}, {}))
+
+        monkeypatch.setattr(launch, "recipe", with_owned)
+    return taken
+
+
+@pytest.mark.parametrize("grad_clip", [None, 0.15])
+@pytest.mark.parametrize("norm", NORMS)
+def test_programs_that_take_all_tokens(device, owned, norm, grad_clip):
+    x = made(device, torch.bfloat16, batch=2, length=1100) if GPU else made(device, length=40, h=16)
+    check(x, chunk_size=300 if GPU else 17, norm=norm, grad_clip=grad_clip)
+    assert any(owned)
+
+
+def test_programs_that_take_all_tokens_of_packed_sequences(device, owned):
+    x = made(device, torch.bfloat16, length=1100) if GPU else made(device, length=24, h=16)
+    ends = [0, 700, 700, 701, 1100] if GPU else [0, 15, 15, 16, 24]
+    got = check(x, chunk_size=300 if GPU else 7, cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device))
+    for n, (a, b) in enumerate(pairwise(ends)):
+        alone = run(tokens(x, a, b), "triton", chunk_size=300 if GPU else 7)
+        assert torch.equal(got["o"][:, a:b], alone["o"]) and torch.equal(got["w_down"][n : n + 1], alone["w_down"])
+    assert any(owned)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_programs_that_take_all_tokens_go_on_from_a_state(device, owned, norm):
+    x = made(device, torch.bfloat16, batch=2, length=700) if GPU else made(device, batch=2, length=20, h=16)
+    chunk_size = 300 if GPU else 9
+    state = some_state({name: t.cpu() for name, t in x.items()}, 2, chunk_size, [3, 0], norm=norm, residual=False).detach().to(device)
+    check(x, state, chunk_size=chunk_size, norm=norm)
+    assert any(owned)
+
+
+def test_more_heads_than_programs_fit_take_the_other_form(device, owned):
+    x = made(device, torch.bfloat16, batch=3, heads=8, length=300) if GPU else made(device, batch=9, length=5, h=16)
+    run(x, "triton", chunk_size=100 if GPU else 3)
+    assert not any(owned)
+
+
 # ---- the persistent form, which needs a GPU
 
 
@@ -369,8 +421,9 @@ def test_one_launch_equals_a_launch_for_each_part(device, monkeypatch, dtype, no
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-def test_the_barrier_holds_beside_a_busy_stream(device):
-    x = made(device, torch.bfloat16, heads=8, length=600)
+@pytest.mark.parametrize("batch", [1, 2], ids=["all tokens", "tokens split"])
+def test_the_barrier_holds_beside_a_busy_stream(device, batch):
+    x = made(device, torch.bfloat16, batch=batch, heads=8, length=120)
     want = run(x, "triton", chunk_size=3)
     busy, a = torch.cuda.Stream(), torch.randn(2048, 2048, device=device)
     for i in range(1000):
