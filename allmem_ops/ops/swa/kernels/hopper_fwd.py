@@ -107,12 +107,20 @@ def _fetch_rows(x, i_b, row, i_h, ring, n, COUNT: gl.constexpr, D: gl.constexpr,
 
 
 @gluon.jit
-def _next_item(i_w, counter, PACKED: gl.constexpr):
+def _ask_for_item(counter, PACKED: gl.constexpr):
+    """The first half of `_next_item`, which nobody waits for."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    b_w = gl.zeros([32], gl.int32, LAYOUT)
+    if PACKED:
+        b_w = gl.atomic_add(counter + b_w, b_w + 1, mask=gl.arange(0, 32, LAYOUT) == 0, sem="relaxed")
+    return b_w
+
+
+@gluon.jit
+def _next_item(i_w, b_w, PACKED: gl.constexpr):
     """The item after `i_w`: in a fixed stride, or, where items differ as much as documents do, the next one that nobody has."""
     if PACKED:
-        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-        first = gl.arange(0, 32, LAYOUT) == 0
-        b_w = gl.atomic_add(counter + gl.zeros([32], gl.int32, LAYOUT), gl.full([32], 1, gl.int32, LAYOUT), mask=first, sem="relaxed")
+        first = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) == 0
         i_w = gl.num_programs(0) + gl.sum(gl.where(first, b_w, 0), 0)
     else:
         i_w += gl.num_programs(0)
@@ -140,11 +148,14 @@ def _producer(
     n = 0  # tiles so far
     c = 0  # items so far
     i_w = gl.program_id(0)
+    i_b, i_h, begin, row, left, i0 = _item(i_w, work, HEADS, PACKED)
     while i_w < items:
-        i_b, i_h, begin, row, left, i0 = _item(i_w, work, HEADS, PACKED)
-        i_w = _next_item(i_w, counter, PACKED)
+        # Both take as long as half a tile: the counter's answer is looked at, and the next item's sequence looked for, when tiles of
+        # this item are on their way.
+        b_w = _ask_for_item(counter, PACKED)
+        i_hk = i_h * HEADS // group
         if left > 0:
-            i_hk = i_h * HEADS // group
+            band, sink_end, sink_full, _any_end, masked, full, count = stacked_tiles(i0, SPAN, window, sinks, BN)
             i_q = c % 2
             mbarrier.wait(q_free.index(i_q), ((c // 2) & 1) ^ 1)
             if PACKED:
@@ -153,16 +164,19 @@ def _producer(
             for w in gl.static_range(2):
                 row_w = begin + row + w // HEADS * ROWS
                 _fetch(q, i_b, row_w, i_h * HEADS + w % HEADS, q_full.index(i_q), s_q.index(i_q * 2 + w), ROWS, D)
-            band, sink_end, sink_full, _any_end, masked, full, count = stacked_tiles(i0, SPAN, window, sinks, BN)
             for t in range(count):
                 j0 = begin + gl.maximum(stacked_start(t, i0, band, sink_end, sink_full, masked, full, BN), 0)
                 _fetch_rows(k, i_b, j0, i_hk, keys, n, BN, D, STAGES)
                 _fetch_rows(v, i_b, j0, i_hk, values, n, BN, D, V_STAGES)
                 n += 1
+        i_w = _next_item(i_w, b_w, PACKED)
+        next_b, next_h, next_begin, next_row, next_left, next_i0 = _item(i_w, work, HEADS, PACKED)
+        if left > 0:
             _fetch_rows(k_diagonal, i_b, begin + i0, i_hk, keys, n, SPAN, D, STAGES)
             _fetch_rows(v_diagonal, i_b, begin + i0, i_hk, values, n, SPAN, D, V_STAGES)
             n += 1
             c += 1
+        i_b, i_h, begin, row, left, i0 = next_b, next_h, next_begin, next_row, next_left, next_i0
     if PACKED:  # no further item
         i_q = c % 2
         mbarrier.wait(q_free.index(i_q), ((c // 2) & 1) ^ 1)
