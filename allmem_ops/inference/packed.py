@@ -62,6 +62,7 @@ def gated(y: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     return activation(gate) * up
 
 
+HALVES = torch.bfloat16, torch.float16
 _SILU = ("SiLU", "SiLUActivation")
 
 
@@ -117,14 +118,13 @@ class PackedStep:
     Args:
         model: a converted model of a known family.
         memory: False leaves the memory branches out, and their projections with them.
-        kernels: up to 4 sequences in half precision on a GPU, make the products by our own kernels. Off until they have been timed and
-            tested on one: so far they have run in Triton's interpreter, and compile for three GPU classes.
+        kernels: in half precision on a GPU, make the products by our own kernels, which True asks for up to 4 sequences and None for one.
 
     Raises:
         ValueError: `model` is not converted.
     """
 
-    def __init__(self, model: nn.Module, *, memory: bool = True, kernels: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, memory: bool = True, kernels: bool | None = None) -> None:
         self.model, self.memory, self.kernels = model, memory, kernels
         cuda = memory and model.get_input_embeddings().weight.device.type == "cuda"
         self._side = torch.cuda.Stream(model.get_input_embeddings().weight.device) if cuda else None
@@ -184,7 +184,7 @@ class PackedStep:
     def _parts(self, x: Tensor) -> "_Plain | _Kernels":
         """Our kernels where they were asked for and are made for it, else the library's products."""
         first = self.layers[0].module.mlp
-        ours = self.kernels and x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+        ours = (x.shape[0] == 1 if self.kernels is None else self.kernels) and x.device.type == "cuda" and x.dtype in HALVES
         ours = ours and type(first.act_fn).__name__ in _SILU
         widest = max(first.down_proj.weight.shape[1], self.layers[0].attention.o_proj.weight.shape[1], x.shape[1])
         return _Kernels() if ours and _Kernels.cover(x.shape[0], widest) else _Plain()

@@ -96,11 +96,12 @@ def test_contests_call_the_step_of_each(monkeypatch):
     monkeypatch.setattr(inference, "_model", lambda name: small)
     monkeypatch.setattr(inference, "flex", sdpa)
     monkeypatch.setattr(inference, "LONG", 40)
-    calls = inference._steps("tiny", 2, 40, True, True)["step"]
-    assert set(calls) == {OURS, inference.KERNELS, inference.AT_8K, inference.SDPA, inference.FLEX}
-    for call in calls.values():
-        call()
-        call()
+    for batch, other in ((1, inference.LIBRARY), (2, inference.KERNELS)):
+        calls = inference._steps("tiny", batch, 40, True, True)["step"]
+        assert set(calls) == {OURS, other, inference.AT_8K, inference.SDPA, inference.FLEX}
+        for call in calls.values():
+            call()
+            call()
 
 
 def test_a_stream_is_measured_and_judged():
