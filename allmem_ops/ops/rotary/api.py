@@ -94,6 +94,8 @@ def rotary_table(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     check_shape("positions", positions, "B T", {})
     check_shape("inv_freq", inv_freq, "D/2", {})
     wide = accumulator_dtype(inv_freq.dtype)
+    if registration.table_by_kernel(positions, inv_freq):
+        return registration.table(positions, inv_freq)
     angle = positions[..., None].to(wide) * inv_freq.to(wide)
     return angle.cos(), angle.sin()
 

@@ -10,11 +10,13 @@ from allmem_ops.ops.kernels.device import gpu_class, sm_count
 from allmem_ops.ops.kernels.replay import Recorder, replay, traits
 from allmem_ops.ops.rotary.kernels.bwd import rotary_bwd_kernel, rotary_bwd_sums_kernel
 from allmem_ops.ops.rotary.kernels.fwd import rotary_fwd_kernel
+from allmem_ops.ops.rotary.kernels.table import rotary_table_kernel
 
 # TILE: channels of a tile's half heads. HEADS: of a tile, at most. PER_SM: programs a streaming multiprocessor, at most; in the forward
 # there are as many as tiles.
 _FWD: Table = {("sm80", "rows"): [Config({"TILE": 1024, "HEADS": 8, "PER_SM": 1 << 20}, 4, 1)]}
 _BWD: Table = {("sm80", "rows"): [Config({"TILE": 512, "HEADS": 8, "PER_SM": 8}, 4, 1)]}
+_TABLE_TILE, _TABLE_WARPS = 1024, 4
 _SUM_ROWS, _SUM_COLUMNS = 64, 32  # tile of the kernel that adds the programs' parts
 
 
@@ -134,3 +136,21 @@ def launch_backward(
     run(choose("rotary_bwd", _BWD, gpu_class(device), "rows", lambda config: run(config, tried)), record)
     record.file(key)
     return dqkv, *norms
+
+
+def launch_table(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin fp32 [B, T, W] of positions [B, T] and inv_freq fp32 [W]."""
+    inputs = positions, inv_freq
+    key = traits(inputs, "rotary_table")
+    if (done := replay(key, inputs)) is not None:
+        return done[0], done[1]
+    (B, T), W = positions.shape, inv_freq.shape[0]
+    record = Recorder(inputs)
+    cos, sin = (record.result((B, T, W), torch.float32, positions.device) for _ in range(2))
+    if cos.numel():
+        BW = 1 << (W - 1).bit_length()
+        BR = max(1, _TABLE_TILE // BW)
+        args = [positions, inv_freq, cos, sin, T, B * T, *positions.stride(), *inv_freq.stride(), W, BR, BW]
+        record.launch_plain(rotary_table_kernel, positions.device, -(-B * T // BR), args, {"num_warps": _TABLE_WARPS})
+        record.file(key)
+    return cos, sin

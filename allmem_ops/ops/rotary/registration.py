@@ -117,3 +117,15 @@ def run_triton(
     if torch.is_grad_enabled() and any(x.requires_grad for x in present):
         return _Direct.apply(*inputs)
     return _launch(*inputs)
+
+
+def table_by_kernel(positions: Tensor, inv_freq: Tensor) -> bool:
+    """Whether `table` makes cosines and sines: on a GPU, where nobody watches, of float32 frequencies without a gradient."""
+    on_gpu = positions.is_cuda and inv_freq.device == positions.device
+    return on_gpu and inv_freq.dtype == torch.float32 and not inv_freq.requires_grad and direct(positions, inv_freq)
+
+
+def table(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    from allmem_ops.ops.rotary.launch import launch_table
+
+    return launch_table(positions, inv_freq)

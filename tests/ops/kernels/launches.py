@@ -103,9 +103,10 @@ def memory_input() -> None:
 
 
 def rotary() -> None:
-    from allmem_ops.ops.rotary.launch import launch_backward, launch_forward
+    from allmem_ops.ops.rotary.launch import launch_backward, launch_forward, launch_table
 
     T = 4096
+    launch_table(empty(1, T, dtype=torch.int64), empty(64))
     for HQ, HK, D, with_norms in ((16, 8, 128, True), (16, 8, 128, False), (9, 3, 64, False)):
         q, k, qkv = (empty(1, T, h, D, dtype=HALF) for h in (HQ, HK, HQ + 2 * HK))
         cos, norm = empty(1, T, D // 2), empty(D, dtype=HALF) if with_norms else None
@@ -118,15 +119,23 @@ def rotary() -> None:
 
 
 def inference() -> None:
+    from allmem_ops import AllMemConfig
     from allmem_ops.inference import launch
+    from allmem_ops.layers.memory import MemoryBranch
 
     for B, dtype, K in ((1, HALF, 1024), (4, HALF, 2048), (1, SINGLE, 576)):
         x, gate_up, norm = empty(B, K, dtype=dtype), empty(B, 6 * K, dtype=dtype), empty(K, dtype=dtype)
-        launch.linear(x, empty(6 * K, K, dtype=dtype), norm, norm=(norm, 1e-6))
+        launch.linear(x, empty(6 * K, K, dtype=dtype), norm, norm=(norm, 1e-6), ahead=(x, gate_up))
         launch.linear(gate_up, empty(K, 3 * K, dtype=dtype), gated=True, into=x)
         launch.linear(gate_up[:, : 2 * K], empty(K, 2 * K, dtype=dtype), also=(x, empty(K, K, dtype=dtype)), into=x)
         cos, head = empty(B, 1, 128, dtype=dtype), empty(128, dtype=dtype)
         launch.heads(empty(B, 4096, dtype=dtype), (head, head, 1e-6), (16, 8), 128, (cos, cos), (cos, cos))
+        with torch.device("meta"):
+            branch = MemoryBranch(K, AllMemConfig(heads=8, head_dim=64, hidden_dim=128, chunk_size=2048))
+            state = branch.initial_state(B, dtype)
+        columns, active = empty(B, branch.in_proj.out_features, dtype=dtype), empty(B, dtype=torch.bool)
+        _, fold = launch.memory(columns, branch, state, active, beside=True)
+        fold()
 
 
 def training() -> None:

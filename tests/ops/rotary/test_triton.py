@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from allmem_ops import rotary
+from allmem_ops import rotary, rotary_table
 from allmem_ops.ops.kernels import replay
 from allmem_ops.ops.kernels.configs import Config
 from allmem_ops.ops.rotary import launch, registration
@@ -354,6 +354,18 @@ def test_a_fault_in_a_kernel_is_seen(fault: str, tmp_path):
     names = ("rotary_fwd_kernel", "rotary_bwd_kernel", "rotary_bwd_sums_kernel")
     difference = _largest_difference({name: getattr(faulty, name) for name in names})
     assert not difference < 1e-3, difference
+
+
+@pytest.mark.parametrize(("rows", "tokens", "width"), [(1, 5000 if CUDA else 33, 64), (3, 17, 5), (2, 1, 1), (1, 0, 4)])
+def test_the_table_is_that_of_pytorch(device: torch.device, rows: int, tokens: int, width: int):
+    positions = torch.randint(0, 200_000, (2 * tokens, rows), device=device).T[:, ::2]
+    inv_freq = 10000.0 ** -(torch.arange(width, device=device) / width)
+    angle = positions[..., None].float() * inv_freq
+    for got, want in zip(launch.launch_table(positions, inv_freq), (angle.cos(), angle.sin()), strict=True):
+        assert got.dtype == torch.float32 and got.shape == (rows, tokens, width)
+        assert (got - want).abs().max() <= 1.2e-7 if tokens else got.numel() == 0
+    public = rotary_table(positions, inv_freq)
+    assert all(torch.allclose(a, b, rtol=0, atol=1.2e-7) for a, b in zip(public, (angle.cos(), angle.sin()), strict=True))
 
 
 # In a process without the interpreter: nothing of these tables is computed with one rounding where there are two.
