@@ -37,12 +37,12 @@ from benchmarks.peers.exact_memory import exact_memory
 from benchmarks.training_speed import load_smollm2
 
 ROOT = Path(__file__).resolve().parents[1]
-WINDOW, SINKS, CHUNK, DISTANCE = 512, 64, 256, 1024
+WINDOW, SINKS, CHUNK = 512, 64, 256
 STEPS, LR = 42, 2e-3
 
 FIRST = {"projection_init": "random", "feature_init": "independent", "w_init_scale": 1.0, "eta_init": 1e-2, "residual": True}
 # "exact", "adapter", "centre" and "turn" are the run's own, the rest are fields of AllMemConfig
-ATTENTION = {"qk_init": "independent", "conv_init": "token", "projection_init": "attention", "turn": True, "centre": True}
+ATTENTION = {"qk_init": "independent", "conv_init": "token", "projection_init": "attention", "turn": 2048, "centre": True}
 FEATURES = {"feature_init": "equal", "w_init_scale": 8.0, "eta_init": 1e-3, "residual": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "zero-sum, tied": {"conv_init": "zero_sum", "qk_init": "tied"},
@@ -50,7 +50,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shifted": {"conv_init": "token_zero_sum", "qk_init": "shifted"},
     "attention": ATTENTION | FEATURES,
     "attention, residual": ATTENTION | FEATURES | {"residual": True},
-    "attention, queries not turned": ATTENTION | FEATURES | {"turn": False},
+    "attention, queries not turned": ATTENTION | FEATURES | {"turn": 0},
+    **{f"attention, turned by {n}": ATTENTION | FEATURES | {"turn": n} for n in (512, 1024, 4096)},
+    "attention, gate a channel": ATTENTION | FEATURES | {"gate": "channel"},
+    "attention, scale 16": ATTENTION | FEATURES | {"w_init_scale": 16.0, "eta_init": 3e-4},
     "attention, not centred": ATTENTION | FEATURES | {"centre": False},
     "attention, independent features": ATTENTION | FEATURES | {"feature_init": "independent"},
     "attention, independent features of scale 1, eta 0.1": ATTENTION | {"eta_init": 0.1},
@@ -156,7 +159,7 @@ def regression(attention: nn.Module, inv_freq: Tensor, data: list[tuple[Tensor, 
     branch = MemoryBranch(data[0][0].shape[1], config, heads=3, device=data[0][0].device)
     weights = [getattr(attention, f"{name}_proj").weight.detach().float() for name in "qkvo"]
     if turn:
-        weights[0] = rotate_rows(weights[0], inv_freq, DISTANCE)
+        weights[0] = rotate_rows(weights[0], inv_freq, turn)
     branch.start_from(weights, head_dim=attention.head_dim)
     train, test = data[:-held_out], data[-held_out:]
     if centre:

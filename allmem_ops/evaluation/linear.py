@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from allmem_ops._validation import check_choice, fail
 from allmem_ops.hf.checkpoint import read_tensors
-from allmem_ops.hf.convert import pretrained_weights
+from allmem_ops.hf.convert import FAR, pretrained_weights
 from allmem_ops.hf.runtime import runtime_of
 from allmem_ops.layers.config import AllMemConfig
 from allmem_ops.layers.memory import MemoryBranch
@@ -251,7 +251,7 @@ def linear_branches(model: Any) -> list[LinearBranch]:
         if hasattr(a, "memory"):
             heads, device = model.config.num_key_value_heads, a.memory.alpha.device
             found.append(LinearBranch(a.memory.d_model, runtime.config, heads=heads, device=device))
-            weights = pretrained_weights(a, runtime.inv_freq(runtime.decoder(model)), runtime.config.window)
+            weights = pretrained_weights(a, runtime.inv_freq(runtime.decoder(model)), FAR * runtime.config.window)
             found[-1].start_from(weights, head_dim=a.head_dim)
     return found
 

@@ -45,7 +45,7 @@ class AllMemConfig:
             All train freely afterwards. [D]
         projection_init: "random"; "values": v and the output projection start from the layer's pretrained attention (the value
             projection of the memory head's key/value head, the output projection's part of it summed over its query heads);
-            "attention": q and k too, q as the mean of its query heads, turned by RoPE as for a key `window` tokens back.
+            "attention": q and k too, q as the mean of its query heads, turned by RoPE as for a key 4 windows back.
             `convert` does it; a memory head of another width reads random directions of its head. Biases are left out. [D]
         readout_norm: RMSNorm per head on what is read. [D: form]
         norm_eps: eps of the RMSNorms, inside the root. [D]

@@ -91,7 +91,7 @@ def test_attention_lends_q_and_k_too():
     for head in range(2):
         part, k_part = slice(8 * head, 8 * head + 8), slice(16 + 8 * head, 24 + 8 * head)
         inv_freq = model.model.rotary_emb.inv_freq
-        q = rotate_rows(attention.q_proj.weight, inv_freq, 16).view(2, 2, 8, 32)[head].mean(0)
+        q = rotate_rows(attention.q_proj.weight, inv_freq, 4 * 16).view(2, 2, 8, 32)[head].mean(0)
         torch.testing.assert_close(direction(branch.in_proj.weight[part]), direction(q))
         torch.testing.assert_close(direction(branch.in_proj.weight[k_part]), direction(attention.k_proj.weight[part]))
     tied = converted(llama(), projection_init="attention", qk_init="tied")[1].in_proj.weight
