@@ -56,12 +56,25 @@ def rotated_heads(
     return _turned(q, cos, sin), _turned(k, cos, sin), q_sinks
 
 
+def _places(positions: Tensor, last: int | None) -> Tensor:
+    """[B, 1 or 2]: the token's position, and where a `last` one is given, the position up to that."""
+    return positions[:, None] if last is None else torch.stack([positions, positions.clamp(max=last)], 1)
+
+
+def rotations(positions: Tensor, inv_freq: Tensor, scaling: float, last: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, 1 or 2, D] at `_places`, as transformers' rotary modules of fixed angles compute them: one kernel, not fourteen."""
+    angles = _places(positions, last)[..., None].float() * inv_freq.float()
+    angles = torch.cat([angles, angles], -1)
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
 def gated(y: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """activation(gate) * up for [B, gate and up]."""
     gate, up = y.chunk(2, -1)
     return activation(gate) * up
 
 
+_FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # rotary modules whose angles do not depend on the text's length
 HALVES = torch.bfloat16, torch.float16
 _SILU = ("SiLU", "SiLUActivation")
 
@@ -163,12 +176,15 @@ class PackedStep:
         runtime = runtime_of(self.model)
         decoder = runtime.decoder(self.model)
         x = decoder.get_input_embeddings()(token[:, 0])
-        rotary = getattr(decoder, runtime.family.rotary)
         # Before the first layer's window moves its positions on: rotations at the token's position, and at the last trained one.
-        places = [cache.positions, cache.positions.clamp(max=runtime.trained_length - 1)][: 2 if self._clamps_sinks(runtime) else 1]
-        cos, sin = rotary(x[:, None], torch.stack(places, 1))
+        rotary = getattr(decoder, runtime.family.rotary)
+        last = runtime.trained_length - 1 if self._clamps_sinks(runtime) else None
+        if getattr(rotary, "rope_type", None) in _FIXED_ANGLES:
+            cos, sin = _on(x.device, rotations)(cache.positions, rotary.inv_freq, rotary.attention_scaling, last, x.dtype)
+        else:
+            cos, sin = rotary(x[:, None], _places(cache.positions, last))
         at = cos[:, :1], sin[:, :1]
-        clamped = (cos[:, 1:], sin[:, 1:]) if len(places) == 2 else None
+        clamped = None if last is None else (cos[:, 1:], sin[:, 1:])
         parts = self._parts(x)
         for layer, state in zip(self.layers, cache.layers, strict=True):
             self._add_mixed(x, layer, state, at, clamped, active, runtime, parts)
@@ -178,8 +194,10 @@ class PackedStep:
         forked = self._side is not None and not parts.one_chain and runtime.memory
         if forked and any(layer.branch is not None for layer in self.layers):
             torch.cuda.current_stream(x.device).wait_stream(self._side)  # the last folds
-        norm = decoder.norm
-        return F.linear(_on(x.device, rms_norm)(x, norm.weight, norm.variance_epsilon), self.model.get_output_embeddings().weight)
+        return self._vocabulary(parts, x, decoder.norm, self.model.get_output_embeddings().weight)
+
+    def _vocabulary(self, parts: "_Plain | _Kernels", x: Tensor, norm: nn.Module, weight: Tensor) -> Tensor:  # noqa: ARG002
+        return F.linear(_on(x.device, rms_norm)(x, norm.weight, norm.variance_epsilon), weight)
 
     def _parts(self, x: Tensor) -> "_Plain | _Kernels":
         """Our kernels where they were asked for and are made for it, else the library's products."""
