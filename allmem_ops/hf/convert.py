@@ -22,7 +22,7 @@ from allmem_ops.layers.start import rotate_rows
 _MOVING_ROPE = ("dynamic", "longrope")
 
 
-# How many windows back the key stands for which a memory's first queries are turned: 2 to 8 do equally well, 1 less (docs/results.md)
+# How many windows back the key stands for which a memory's first queries are turned: 1 to 8 do equally well (docs/results.md)
 FAR = 4
 
 
