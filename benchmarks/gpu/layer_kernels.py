@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from allmem_ops import TokenMixer
 from benchmarks.gpu.layers import CONFIG, MODELS
 from benchmarks.gpu.timing import FLUSH_BYTES, HEAD_START_CYCLES, Call
-from benchmarks.measure import environment
+from benchmarks.measure import ceilings, environment
 
 MODEL, TOKENS = "Qwen3-0.6B", 32768
 
@@ -74,7 +74,7 @@ def main() -> None:
         with torch.no_grad():
             mixer(x)
 
-    found: dict = {"environment": environment("cuda"), "model": MODEL, "tokens": TOKENS}
+    found: dict = {"environment": environment("cuda"), "ceilings": ceilings("cuda", torch.bfloat16), "model": MODEL, "tokens": TOKENS}
     found["forward"] = launched(forward)
     found["forward and backward"] = launched(lambda: torch.autograd.grad(mixer(x), leaves, up))
     for mixer.memory.recompute, name in ((False, "kept"), (True, "kept with the memory recomputed")):
