@@ -30,12 +30,13 @@ def visits(i0, rows, window, sinks, size):
     for n in range(count):
         j0 = stacked_start(n, i0, band, sink_end, sink_full, masked, full, size)
         j = max(j0, 0) + torch.arange(size)  # a tile that would reach over the start begins there
-        seen = (j < j0 + size).expand(rows, size)
-        if n < any_end:
-            end = sink_end if n == 0 and sink_end > sink_full * size else i0
-            seen = seen & ((j > i - window) | (j < sinks)) & (j < end)
+        seen = torch.ones(rows, size, dtype=torch.bool)
+        if n < any_end or j0 < 0:
+            assert j0 >= 0 or n == 0
+            end = sink_end if n == 0 and sink_end > sink_full * size else j0 + size
+            seen = ((j > i - window) | (j < sinks)) & (j < end)
         elif n < masked:
-            seen = seen & (j > i - window)
+            seen = j > i - window
         yield i.expand_as(seen)[seen], j.expand_as(seen)[seen]
     j = torch.arange(i0, i0 + rows)
     seen = (j <= i) & ((i - j < window) | (j < sinks))
@@ -212,7 +213,7 @@ FAULTS = {
     "no turn passed": ("mbarrier.arrive(turns.index(1 - W), count=1)", "pass"),
     "output not scaled": ("b_o = b_o * gl.convert_layout(b_c, gl.SliceLayout(1, P_LAYOUT.parent), assert_trivial=True)[:, None]", "pass"),
     "no mask at the window": ('MASK == "band"', 'MASK == "never"'),
-    "a tile moved up to the start keeps the keys of the next": ("(o_n < j0 + BN)", "(o_n < 2 * BN)"),
+    "a tile moved up to the start keeps the keys of the next": ("sink_end, j0 + BN)", "sink_end, i0)"),
     "sinks forgotten": ("(near | (o_j < sinks)[None, :])", "near"),
 }  # fmt: skip
 

@@ -401,12 +401,11 @@ def _attend(
     _pass_turn(turns, W, PING)
     mbarrier.arrive(k_free.index(n % STAGES), count=1)
     j0 = stacked_start(0, i0, band, sink_end, sink_full, masked, full, BN)
-    end = gl.where(sink_end > sink_full * BN, sink_end, i0)
-    # A tile that would reach over the start begins there; the keys after its own are another tile's.
-    if j0 < 0:
-        b_s = gl.where((o_n < j0 + BN)[None, :], b_s, float("-inf"))
+    # A tile that would reach over the start begins there, and leaves the keys after its own to the next.
+    end = gl.where(sink_end > sink_full * BN, sink_end, j0 + BN)
+    over = j0 < 0
     j0 = gl.maximum(j0, 0)
-    if any_end > 0:
+    if (any_end > 0) | over:
         b_s = _mask_any(b_s, j0, end, i0, window, sinks, o_r, o_n)
     else:
         b_s = _mask_band(b_s, j0, i0, window, o_r, o_n)
