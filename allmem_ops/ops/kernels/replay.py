@@ -4,16 +4,22 @@ A layer's kernels take as long on an H100 for 8k tokens as the sizes, grids, key
 take on its host, and a training run calls with few shapes over and over.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton.backends.nvidia import driver as nvidia
 
 from allmem_ops.ops.kernels.launcher import Grid, current_stream, hooked, launch, plain_key, start
 
 _MOST = 256  # replays that are kept; beyond that all are forgotten
 _ALIGNED = 256  # bytes that a piece of the workspace starts at a multiple of
+# Whether Triton's launchers are those of 3.6, which can be called past what Python does for each descriptor: 1.3 us (measured).
+_PLAIN = triton.__version__.startswith("3.6.")
 _replays: dict[Hashable, "_Replay"] = {}
 
 
@@ -30,24 +36,72 @@ class _Address:
 
 
 class _Launch(NamedTuple):
-    """A launch: its arguments but those that have an address; which of a call's addresses these get, and what else a descriptor has."""
+    """A launch: what starts it on a stream, what picks its arguments from a call's."""
 
-    compiled: Any
-    grid: Grid
-    args: Sequence[Any]
-    pointers: Sequence[tuple[int, int]]
-    descriptors: Sequence[tuple[int, int, type, Mapping[str, Any]]]
+    start: Callable[[int, Sequence[Any]], None]
+    pick: Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
 class _Replay(NamedTuple):
-    """What a call made and launched. Addresses are those of its inputs, its results, and its pieces of one workspace, in this order."""
+    """What a call made and launched.
+
+    Its arguments are its addresses (of its inputs, its results, its pieces of one workspace, in this order), what is made of one of these
+    for each descriptor, and constants.
+    """
 
     device: torch.device
     results: Sequence[tuple[torch.Size, torch.dtype]]
     offsets: Sequence[int]
     size: int
     zeros: Sequence[slice]
+    descriptors: Sequence[tuple[int, Callable[[int], Any]]]
+    constants: Sequence[Any]
     launches: Sequence[_Launch]
+
+
+def _descriptor_at(x: Any) -> Callable[[int], Any]:
+    """What makes a descriptor like `x` of an address."""
+    kind, fields = type(x), {**vars(x), "base": None}
+
+    def make(address: int) -> Any:
+        made = object.__new__(kind)
+        made.__dict__.update(fields)
+        made.base = _Address(address)
+        return made
+
+    return make
+
+
+def _map_at(x: Any, given: Mapping[str, Any]) -> Callable[[int], Any]:
+    """What makes the driver's form of a descriptor like `x`; `given`: what its kernel was compiled with."""
+    fill = triton.runtime.driver.active.utils.fill_tma_descriptor
+    kind = given["swizzle"], given["elem_size"], nvidia.TMA_DTYPE_DEVICE_TO_HOST[given["elem_type"]], given["block_size"]
+    extent = list(x.shape), list(x.strides), int(x.padding == "nan")
+    return lambda address: fill(address, *kind, *extent)
+
+
+def _plain(compiled: Any) -> tuple[Callable[..., None], Sequence[Mapping[str, Any]]] | None:
+    """The launcher of a compiled kernel that takes descriptors in parts, and what these were compiled with; None: there is none."""
+    if not _PLAIN:
+        return None
+    run = compiled.run
+    if getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1):
+        return None
+    inner = run.launch
+    closed = getattr(inner, "__closure__", None)
+    if closed is None:
+        return inner, ()
+    found = dict(zip(inner.__code__.co_freevars, (cell.cell_contents for cell in closed), strict=True))
+    given = found.get("tensordesc_meta")
+    if "launcher" not in found or not given or None in given or any(x["fp4_padded"] for x in given):
+        return None
+    return found["launcher"], given
+
+
+def _start_plain(compiled: Any, launcher: Callable[..., None], grid: Grid) -> Callable[[int, Sequence[Any]], None]:
+    run = compiled.run
+    rest = compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None
+    return lambda stream, args: launcher(*grid, stream, *rest, *args)
 
 
 class Recorder:
@@ -90,19 +144,36 @@ class Recorder:
         place = {id(x): i for i, x in enumerate(tensors) if x is not None}
         if len(place) + sum(x is None for x in tensors) < len(tensors):
             return  # one tensor as two inputs: which of them a kernel got can't be told
-        launches = []
+        descriptors: list[tuple[int, Callable[[int], Any]]] = []
+        constants: list[Any] = []
+        picks = []
         for compiled, grid, args in self.launches:
             if compiled is None:
                 return
-            bases = [(i, x if isinstance(x, Tensor) else getattr(x, "base", None)) for i, x in enumerate(args)]
-            if any(base is not None and id(base) not in place for _, base in bases):
-                return  # a copy of an input
-            pointers = [(i, place[id(x)]) for i, x in bases if x is not None and args[i] is x]
-            descriptors = [
-                (i, place[id(x)], type(args[i]), {**vars(args[i]), "base": None}) for i, x in bases if x is not None and args[i] is not x
-            ]
-            rest = [x if base is None else None for x, (_, base) in zip(args, bases, strict=True)]
-            launches.append(_Launch(compiled, grid, rest, pointers, descriptors))
+            plain = _plain(compiled)
+            given = iter(plain[1] if plain else ())
+            pick: list[tuple[int, int]] = []  # (0, an address), (1, a descriptor) or (2, a constant)
+            for x in args:
+                base = x if isinstance(x, Tensor) else getattr(x, "base", None)
+                if base is None:
+                    pick.append((2, len(constants)))
+                    constants.append(x)
+                elif id(base) not in place:
+                    return  # a copy of an input
+                elif base is x:
+                    pick.append((0, place[id(x)]))
+                else:
+                    pick.append((1, len(descriptors)))
+                    descriptors.append((place[id(base)], _map_at(x, next(given)) if plain else _descriptor_at(x)))
+                    if plain:
+                        pick += [(2, len(constants) + i) for i in range(2 * len(x.shape))]
+                        constants += [*x.shape, *x.strides]
+            picks.append((compiled, grid, plain, pick))
+        before = 0, len(tensors), len(tensors) + len(descriptors)
+        launches = []
+        for compiled, grid, plain, pick in picks:
+            begin = _start_plain(compiled, plain[0], grid) if plain else partial(start, compiled, grid)
+            launches.append(_Launch(begin, itemgetter(*(before[kind] + i for kind, i in pick))))
         offsets, zeros, size = [], [], 0
         for x, zero in self.work:
             offsets.append(size)
@@ -112,7 +183,7 @@ class Recorder:
         if len(_replays) >= _MOST:
             _replays.clear()
         results = [(x.shape, x.dtype) for x in self.results]
-        _replays[key] = _Replay(self.results[0].device, results, offsets, size, zeros, launches)
+        _replays[key] = _Replay(self.results[0].device, results, offsets, size, zeros, descriptors, constants, launches)
 
 
 def traits(inputs: Sequence[Tensor | None], *others: Hashable) -> Hashable:
@@ -144,14 +215,9 @@ def replay(key: Hashable, inputs: Sequence[Tensor | None]) -> list[Tensor] | Non
         addresses.extend([first + offset for offset in found.offsets])
         for zeros in found.zeros:
             workspace[zeros].zero_()
+    arguments = addresses + [make(addresses[at]) for at, make in found.descriptors]
+    arguments += found.constants
     stream = current_stream(device)
-    for compiled, grid, rest, pointers, descriptors in found.launches:
-        args = list(rest)
-        for i, at in pointers:
-            args[i] = addresses[at]
-        for i, at, kind, fields in descriptors:
-            args[i] = x = object.__new__(kind)
-            x.__dict__.update(fields)
-            x.base = _Address(addresses[at])
-        start(compiled, grid, stream, args)
+    for begin, pick in found.launches:
+        begin(stream, pick(arguments))
     return results

@@ -1,5 +1,7 @@
 """Replays of a backward: what is kept of a call, and when a call like it is worked out again."""
 
+import types
+
 import pytest
 import torch
 from triton import knobs
@@ -124,6 +126,66 @@ def test_traits_tell_calls_apart():
     keys = {traits(inputs, 3, 0.5) for inputs in different} | {traits(different[0], 4, 0.5), traits(different[0], 3, 0.25)}
     assert len(keys) == len(different) + 2
     assert traits((torch.empty(2, 4), None), 3, 0.5) in keys
+
+
+class Bare:
+    """A launcher in C, which has no closure."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, *args):
+        self.calls.append(args)
+
+
+class _Run:
+    """What Triton 3.6 keeps beside a compiled kernel to launch it."""
+
+    launch_cooperative_grid, launch_pdl, global_scratch_size, profile_scratch_size = False, True, 0, 0
+
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __call__(self, x, y, z, stream, function, *args):
+        self.launch(x, y, z, stream, function, False, True, None, None, *args)
+
+
+@pytest.mark.skipif(not replay._PLAIN, reason="launchers of Triton 3.6, which the GPU machine has")
+@pytest.mark.usefixtures("on_a_cpu")
+def test_plain_launches_give_the_driver_what_triton_would(monkeypatch):
+    from triton.backends.nvidia import driver
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia import hopper
+
+    utils = types.SimpleNamespace(
+        fill_tma_descriptor=lambda *given: ("map", *(tuple(x) if isinstance(x, (list, tuple)) else x for x in given))
+    )
+    monkeypatch.setattr(driver.triton.runtime.driver, "_active", types.SimpleNamespace(utils=utils), raising=False)
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    q, k = torch.empty(1, 70, 2, 64), torch.empty(1, 70, 2, 64)
+    of_k = unchecked(hopper.TensorDescriptor, base=k, shape=k.shape, strides=(8960, 128, 64, 1), block_shape=[1, 64, 1, 64], layout=layout)
+    signature = dict(enumerate(["tensordesc<fp16>", "*fp16", "constexpr", "tensordesc<fp32>", "i32", "tensordesc<fp16>"]))
+    given = [{"swizzle": n, "elem_size": 2, "elem_type": 6, "block_size": [1, 64, 1, 64], "fp4_padded": False} for n in (3, 2, 3)]
+    launched = []
+    compiled = types.SimpleNamespace(function=1, packed_metadata=2)
+    compiled.run = _Run(driver.wrap_handle_tensordesc(lambda *args: launched.append(args), signature, given))
+    bare = types.SimpleNamespace(function=3, packed_metadata=4, run=_Run(launched_bare := Bare()))
+    assert replay._plain(compiled) and replay._plain(bare)
+    record = Recorder((q, None, k))
+    result = record.result((1, 70, 2, 64), torch.float32, CPU)
+    of_result = unchecked(
+        hopper.TensorDescriptor, base=result, shape=result.shape, strides=result.stride(), block_shape=[1, 64, 1, 64], layout=layout
+    )
+    args = [of_k, q, 64, of_result, 7, of_k]
+    record.launch(compiled, None, CPU, 5, args, {})
+    record.launch(bare, None, CPU, 6, [q, None, 9], {})
+    record.file("key")
+    other = torch.empty(1, 70, 2, 64), None, torch.empty(1, 70, 2, 64)
+    (got,) = replay.replay("key", other)
+    of_k.base, of_result.base = other[2], got
+    compiled.run(5, 1, 1, 77, 1, 2, None, None, None, of_k, other[0].data_ptr(), 64, of_result, 7, of_k)
+    assert launched[0] == launched[1] and len(launched[0]) > 40
+    assert launched_bare.calls == [(6, 1, 1, 77, 3, False, True, None, None, 4, None, None, None, other[0].data_ptr(), None, 9)]
 
 
 @gpu
