@@ -3,8 +3,9 @@
 A step at batch 1 reads every weight and the whole state once and computes next to nothing, so what counts is the number of kernels and the
 bytes. In a layer everything that is linear in the normed input (queries, keys, values, and the memory's whole projection) is one product,
 gate and up projections are another, and the outputs of attention, memory and MLP are added to the residual stream by the products that
-make them. On a GPU the memory runs beside attention on a stream of its own, and torch compiles what stands between the products; on
-request the products of few rows are kernels of our own, which take norms and activation in (`kernels/linear.py`).
+make them. For one sequence on a GPU these products are kernels of our own, which take norms and activation in (`kernels/linear.py`), and a
+layer is one chain of launches; for more they are the library's, torch compiles what stands between them, and the memory runs beside
+attention on a stream of its own.
 """
 
 import functools
