@@ -13,9 +13,11 @@ from allmem_ops.ops.kernels.device import gpu_class, sm_count
 from allmem_ops.ops.kernels.replay import Recorder, replay, traits
 
 # TILE: elements of a tile. PER_SM: programs a streaming multiprocessor, at most. STAGES: of the loop over tiles. Shape classes: "rows" with
-# a norm or a gate, whose weights a program keeps from tile to tile; "sums" without, one tile a program.
+# a norm or a gate, whose weights a program keeps from tile to tile; "readout" the same without attention, a tensor less to load ahead;
+# "sums" without norm and gate, one tile a program.
 _FWD: Table = {
     ("sm80", "rows"): [Config({"TILE": 4096, "PER_SM": 8, "STAGES": 2}, 8, 1)],
+    ("sm80", "readout"): [Config({"TILE": 8192, "PER_SM": 8, "STAGES": 2}, 8, 1)],
     ("sm80", "sums"): [Config({"TILE": 1024, "PER_SM": 1 << 20, "STAGES": 1}, 4, 1)],
 }
 _BWD: Table = {("sm80", "rows"): [Config({"TILE": 2048, "PER_SM": 4, "STAGES": 1}, 4, 1)]}
@@ -117,7 +119,7 @@ def launch_forward(
         args += [rows.H, rows.W, rows.D, plan.batch, rows.gate, plan.BR, plan.BW, config.constants["STAGES"]]
         record.launch_plain(gated_fusion_fwd_kernel, memory.device, plan.programs, args, {"num_warps": _warps(config, plan)})
 
-    shape = "sums" if gate is None and norm_weight is None else "rows"
+    shape = "sums" if gate is None and norm_weight is None else "readout" if attn is None else "rows"
     tried = Recorder(inputs)
     run(choose("gated_fusion_fwd", _FWD, gpu_class(memory.device), shape, lambda config: run(config, tried)), record)
     record.file(key)

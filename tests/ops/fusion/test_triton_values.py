@@ -14,7 +14,7 @@ from tests.ops.fusion.forms import FULL, Form, forms, gradients, plain
 
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]  # no bfloat16 in the interpreter
-SMALL = {("sm80", shape): [Config({"TILE": 64, "PER_SM": 2, "STAGES": 1}, 4, 1)] for shape in ("rows", "sums")}
+SMALL = {("sm80", shape): [Config({"TILE": 64, "PER_SM": 2, "STAGES": 1}, 4, 1)] for shape in ("rows", "readout", "sums")}
 
 
 def _to(x: dict, device: torch.device) -> dict:
