@@ -17,7 +17,7 @@ DREAD: Table = {}
 CHAIN: Table = {}  # RESIDENT: programs that an SM holds at a time, by their registers and shared memory; the persistent form counts on it
 LAST: Table = {}
 # Chains whose programs take all of a chunk's tokens: only where it was measured to be faster.
-OWNED: Table = {("sm90", (64, 128, "bfloat16")): _tile(128, 8, 8, 3)}
+OWNED: Table = {("sm90", (64, 128, "bfloat16")): _tile(256, 8, 8, 3)}
 for _hid in (16, 32, 64, 128, 256, 512):
     _half, _some = min(32, _hid), min(16, _hid)
     for _bd in (16, 32, 64, 128):

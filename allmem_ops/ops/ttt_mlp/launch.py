@@ -25,8 +25,8 @@ from allmem_ops.ops.ttt_mlp.slots import spans as spans_of
 # Programs of the read on an SM, counting those that wait.
 WAVES = 2
 # Chunks of up to so many tokens take the chain whose programs take all of them (owned.py), where it has a config and its programs fit. It
-# takes 2.7 us a chunk and 9.4 us for each 1000 of its tokens, the one that splits tokens 7.5 and 3.8; the reverse chains 4.6 and 13.5, and
-# 13.7 and 3.3 (H100, 8 heads of 64, hidden 128).
+# takes 2.7 us a chunk and 9.4 us for each 1000 of its tokens, the one that splits tokens 7.5 and 3.8; the reverse chains 4.3 and 11.7, and
+# 13.7 and 3.3 (H100, 8 heads of 64, hidden 128). Not with norm="none", where its output was wrong on that card.
 OWNED_TOKENS = 768
 NORM = {"none": NONE.value, "pre_write": PRE_WRITE.value, "post_write": POST_WRITE.value}
 # Decided when triton is imported, for good.
@@ -52,6 +52,7 @@ class Recipe(NamedTuple):
 
     sms: int
     persistent: bool  # whether the chain may be one launch
+    lone_clip: bool  # also with a clip and a chunk's tokens in one part
     HS: int
     slices: int
     shape: dict[str, int]
@@ -71,10 +72,9 @@ def recipe(device: torch.device, d: int, h: int, dtype: torch.dtype) -> Recipe:
     of_owned = candidates(OWNED, gpu, shape_class)[0] if (gpu, shape_class) in OWNED and not INTERPRET else None
     HS = of_chain.constants["HS"]
     resident = h <= 2 * of_read.constants["BH"] and BD * h <= 64 * 128 and dtype != torch.float32
-    # Triton 3.6 does not compile the persistent chain for sm100 (an assertion in its pass NVWSInsertTmemAref)
-    may_stay = not INTERPRET and gpu != "sm100"
     return Recipe(
-        sm_count(device), may_stay, HS, -(-h // HS), shape,
+        # Triton 3.7 stops at that form for sm100: "parent layout must have at least rank >= 2"
+        sm_count(device), not INTERPRET, gpu != "sm100", HS, -(-h // HS), shape,
         Kind({"BT": of_chain.constants["BT"], **arithmetic}, of_chain.launch_options()),
         Kind({**shape, "RESIDENT": resident, **of_read.constants, **arithmetic}, of_read.launch_options()),
         None if of_owned is None else Kind({**of_owned.constants, **arithmetic}, of_owned.launch_options()),
@@ -192,7 +192,7 @@ def write(
     _, tokens, heads, d = k.shape
     h = weights[0].shape[1]
     chunk_size, norm, _, grad_clip, eps = options
-    sms, may_stay, HS, slices, shape, kind, _, of_owned = recipe(k.device, d, h, k.dtype)
+    sms, may_stay, lone_clip, HS, slices, shape, kind, _, of_owned = recipe(k.device, d, h, k.dtype)
     X = spans.sequences * heads
     owners = 0 if of_owned is None else -(-h // of_owned.constants["HS"])
     SP = splits(X * slices, HS, sms)
@@ -207,8 +207,8 @@ def write(
     case = {"STATE": spans.carried, "PACKED": spans.packed, "KEEP": spans.keep}
     normed = {**shape, "HS": HS, "SP": SP, "NORM": NORM[norm]}
     saving = {"SAVE_M": out.m is not None, "FAST": kind.constants["FAST"]}
-    alone = 0 < X * owners <= sms and chunk_size <= OWNED_TOKENS and (may_stay or owners == 1)
-    if alone or (may_stay and parts <= sms):
+    alone = 0 < X * owners <= sms and chunk_size <= OWNED_TOKENS and norm != "none" and (may_stay or owners == 1)
+    if alone or (may_stay and parts <= sms and (SP > 1 or grad_clip is None or lone_clip)):
         groups = X if alone else min(X, sms // parts)
         room = owners * (3 * d + 6) if alone else ((SP if SP > 1 else 0) + 1) * 3 * d * h + parts * (3 * d + 6)
         scratch = call.keep(empty(X * room))
