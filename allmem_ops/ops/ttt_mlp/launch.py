@@ -26,7 +26,7 @@ from allmem_ops.ops.ttt_mlp.slots import spans as spans_of
 WAVES = 2
 # Chunks of up to so many tokens take the chain whose programs take all of them (owned.py), where it has a config and its programs fit. It
 # takes 2.7 us a chunk and 9.4 us for each 1000 of its tokens, the one that splits tokens 7.5 and 3.8; the reverse chains 4.3 and 11.7, and
-# 13.7 and 3.3 (H100, 8 heads of 64, hidden 128). Not with norm="none", where its output was wrong on that card.
+# 13.7 and 3.3 (H100, 8 heads of 64, hidden 128).
 OWNED_TOKENS = 768
 NORM = {"none": NONE.value, "pre_write": PRE_WRITE.value, "post_write": POST_WRITE.value}
 # Decided when triton is imported, for good.
@@ -207,7 +207,7 @@ def write(
     case = {"STATE": spans.carried, "PACKED": spans.packed, "KEEP": spans.keep}
     normed = {**shape, "HS": HS, "SP": SP, "NORM": NORM[norm]}
     saving = {"SAVE_M": out.m is not None, "FAST": kind.constants["FAST"]}
-    alone = 0 < X * owners <= sms and chunk_size <= OWNED_TOKENS and norm != "none" and (may_stay or owners == 1)
+    alone = 0 < X * owners <= sms and chunk_size <= OWNED_TOKENS and (may_stay or owners == 1)
     if alone or (may_stay and parts <= sms and (SP > 1 or grad_clip is None or lone_clip)):
         groups = X if alone else min(X, sms // parts)
         room = owners * (3 * d + 6) if alone else ((SP if SP > 1 else 0) + 1) * 3 * d * h + parts * (3 * d + 6)

@@ -156,7 +156,7 @@ def ttt_mlp_triton_backward(
     interpret = interpreted(device)
     r = recipe(gpu_class(device), sm_count(device), interpret, d, h, q.dtype)
     R, X = spans.slots * H, N * H
-    owned = r.owned if grad_clip is None and persistent is None and chunk_size <= OWNED_TOKENS and norm != "none" else None
+    owned = r.owned if grad_clip is None and persistent is None and chunk_size <= OWNED_TOKENS else None
     if owned is not None and X * -(-h // owned.constants["BH"]) > sm_count(device):
         owned = None
     BH = (owned or r.chain).constants["BH"]

@@ -311,7 +311,7 @@ def owned(monkeypatch):
 TAKES_ALL = {"batch": 2, "heads": 2, "length": 700, "d": 64, "h": 128} if CUDA else SMALL | {"length": 40, "batch": 2}
 
 
-@pytest.mark.parametrize("norm", ["pre_write", "post_write"])
+@pytest.mark.parametrize("norm", ["pre_write", "post_write", "none"])
 @pytest.mark.parametrize("carried", [False, True])
 def test_programs_that_take_all_tokens(norm, carried, device, owned):
     dtype, chunk_size = (torch.bfloat16, 300) if CUDA else (torch.float32, 17)

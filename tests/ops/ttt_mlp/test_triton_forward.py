@@ -370,7 +370,7 @@ def owned(monkeypatch):
 
 
 @pytest.mark.parametrize("grad_clip", [None, 0.15])
-@pytest.mark.parametrize("norm", NORMS[:2])
+@pytest.mark.parametrize("norm", NORMS)
 def test_programs_that_take_all_tokens(device, owned, norm, grad_clip):
     x = made(device, torch.bfloat16, batch=2, length=1100) if GPU else made(device, length=40, h=16)
     check(x, chunk_size=300 if GPU else 17, norm=norm, grad_clip=grad_clip)
@@ -387,7 +387,7 @@ def test_programs_that_take_all_tokens_of_packed_sequences(device, owned):
     assert any(owned)
 
 
-@pytest.mark.parametrize("norm", NORMS[:2])
+@pytest.mark.parametrize("norm", NORMS)
 def test_programs_that_take_all_tokens_go_on_from_a_state(device, owned, norm):
     x = made(device, torch.bfloat16, batch=2, length=700) if GPU else made(device, batch=2, length=20, h=16)
     chunk_size = 300 if GPU else 9

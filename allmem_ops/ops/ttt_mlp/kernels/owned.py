@@ -158,11 +158,13 @@ def ttt_mlp_fwd_owned_kernel(
         tl.store(n + i_h * (2 * HID + D) + 2 * HID + o_d, n_down, mask=m_d)
     # X's norms and the write point, of gate and up before a chunk begins, of down once the others have arrived
     size_gate, size_up = column_size(x_gate, FAST), column_size(x_up, FAST)
-    p_gate, p_up, p_down = x_gate, x_up, x_down
+    p_gate, p_up = x_gate, x_up
     if NORM != NONE:
         p_gate *= point_scale(n_gate, size_gate, 0, eps, NORM, FAST)[None, :]
         p_up *= point_scale(n_up, size_up, 0, eps, NORM, FAST)[None, :]
     nothing = tl.zeros([BD, HS], dtype=tl.float32)
+    # not X's down: Triton takes what is equal before a loop and is assigned to one another in it for unchanged
+    p_down = nothing
     nothing_t = tl.zeros([BT, HS], dtype=tl.float32)
     b_gate_up = operand(pair(p_gate, p_up), dtype, PREC)
     # down's products as pairs with nothing: alone they are too narrow for wgmma
