@@ -44,10 +44,12 @@ from allmem_ops.evaluation.run import Texts, merge, run
 from allmem_ops.evaluation.table import table
 
 WINDOWS, CHUNKS, SINKS = ("512", "1024"), ("256", "512"), "64"
-ORDER = ("rows", "long", "needles", "short", "speed")
+PER_PASS = "131072"  # the linear memory's chunked form is bound by its launches
+ORDER = ("rows", "short", "long", "needles", "speed")
 CONTROLS = (FULL, NTK, WINDOW)
 # Of one arm with the long run's texts on an H100, once its kernels are compiled.
 SECONDS = {"rows": 2.5, "long": 2.5, "needles": 5.0, "short": 0.3, "speed": 4.0}
+LINEAR_COST = 3.0  # times as long, in its chunked form
 START = 15.0  # until a process has imported everything and loaded the model
 POLL = 0.5
 
@@ -104,7 +106,7 @@ class Piece:
 
     @property
     def seconds(self) -> float:
-        return SECONDS[self.part] * len(self.arms)
+        return SECONDS[self.part] * sum(LINEAR_COST if key.startswith(LINEAR) else 1.0 for key in self.arms)
 
 
 def pieces(options: argparse.Namespace) -> list[Piece]:
@@ -266,7 +268,7 @@ def arguments(options: argparse.Namespace, more: list[str]) -> list[str]:
         folders = sorted(options.runs.glob(f"{name}-seed*/memory"))
         if folders:
             given += [f"--{kind}", *map(str, folders)]
-    return [*given, "--window", *WINDOWS, "--chunk", *CHUNKS, "--sinks", SINKS, *more]
+    return [*given, "--window", *WINDOWS, "--chunk", *CHUNKS, "--sinks", SINKS, "--tokens-per-pass", PER_PASS, *more]
 
 
 def main() -> None:
