@@ -95,9 +95,9 @@ def heads(
 
 
 def holds(branch: MemoryBranch, dtype: torch.dtype) -> bool:
-    """Whether a program of `memory` has room for a head's weights, 64 KB a matrix: with more it spills."""
+    """Whether a program of `memory` has room for a head's weights, 32 KB a matrix (with twice as much it spills), and for the taps."""
     BD, BH = (max(16, 1 << (n - 1).bit_length()) for n in (branch.config.head_dim, branch.config.hidden))
-    return BD * BH * dtype.itemsize <= 2**16
+    return BD * BH * dtype.itemsize <= 2**15 and branch.conv_weight.shape[1] <= 4
 
 
 def memory(

@@ -9,7 +9,7 @@ attention on a stream of its own.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from allmem_ops.hf import AllMemCache
 from allmem_ops.hf.runtime import Runtime, runtime_of
 from allmem_ops.layers.memory import MemoryBranch, MemoryBranchState
 from allmem_ops.ops.precision import accumulator_dtype
-from allmem_ops.ops.swa.api import swa_step
+from allmem_ops.ops.swa.api import MAX_HEAD_DIM, swa_step
 from allmem_ops.ops.ttt_mlp.slots import covers
 
 
@@ -190,7 +190,7 @@ class PackedStep:
         for layer, state in zip(self.layers, cache.layers, strict=True):
             self._add_mixed(x, layer, state, at, clamped, active, runtime, parts)
             mlp = layer.module.mlp
-            y = parts.normed_product(x, layer.module.post_attention_layernorm, *layer.gate_up)
+            y = parts.normed_product(x, layer.module.post_attention_layernorm, *layer.gate_up, ahead=(mlp.down_proj.weight,))
             parts.add_gated_product(x, y, mlp.act_fn, mlp.down_proj)
         forked = self._side is not None and not parts.one_chain and runtime.memory
         if forked and any(layer.branch is not None for layer in self.layers):
@@ -226,34 +226,53 @@ class PackedStep:
             norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
         q, k, q_sinks = parts.rotated_heads(y, norms, heads, D, at, clamped)
         v = y[:, None, first:last].unflatten(-1, (heads[1], D))
-        readout, done, fold = None, None, None
-        if layer.branch is not None and runtime.memory:
-            columns = y[:, last : last + layer.branch.in_proj.out_features]
-            if self._side is None or parts.one_chain:
-                readout, fold = self._read_memory(columns, layer.branch, state.memory, active, parts.one_chain)
-            else:
-                self._side.wait_stream(torch.cuda.current_stream(x.device))
-                with torch.cuda.stream(self._side):
-                    readout, late = self._read_memory(columns, layer.branch, state.memory, active, False)
-                    done = self._side.record_event()
-                    late()  # nobody has to wait for it before the step's end
-        o = self._attend(q, k, v, q_sinks, state.window, active, attention.scaling, runtime)
+        if layer.branch is None or not runtime.memory:
+            o = self._attend(q, k, v, q_sinks, state.window, active, attention.scaling, runtime)
+            parts.add_products(x, o.flatten(1), attention.o_proj, None)
+            return
+        read = functools.partial(
+            self._read_memory, y[:, last : last + layer.branch.in_proj.out_features], layer.branch, state.memory, active
+        )
+        if parts.one_chain and D <= MAX_HEAD_DIM and self._one_kernel(layer.branch, y):
+            # The memory beside attention's first kernel, the fold beside the output projection.
+            found = []
+            o = parts.attend(q, k, v, q_sinks, state.window, active, attention.scaling, lambda: found.append(read(True)))
+            [(readout, fold)] = found
+        elif self._side is None:
+            readout, fold = read(False)
+            o = self._attend(q, k, v, q_sinks, state.window, active, attention.scaling, runtime)
+        else:
+            main = torch.cuda.current_stream(x.device)
+            self._side.wait_stream(main)
+            with torch.cuda.stream(self._side):
+                readout, fold = read(False)
+                done = self._side.record_event()
+                fold()  # nobody has to wait for it before the step's end
+            fold = None
+            o = self._attend(q, k, v, q_sinks, state.window, active, attention.scaling, runtime)
+            main.wait_event(done)
+        parts.add_products(x, o.flatten(1), attention.o_proj, (readout, layer.memory_out))
         if fold is not None:
             fold()
-        if done is not None:
-            torch.cuda.current_stream(x.device).wait_event(done)
-        parts.add_products(x, o.flatten(1), attention.o_proj, None if readout is None else (readout, layer.memory_out))
+
+    @staticmethod
+    def _one_kernel(branch: MemoryBranch, x: Tensor) -> bool:
+        """Whether the memory of a layer is one kernel for activations as `x`."""
+        config = branch.config
+        if not covers(config.head_dim, config.hidden) or resolve_impl("ttt_mlp_step", config.impl, x) != "triton":
+            return False
+        from allmem_ops.inference import launch  # noqa: PLC0415 - it imports triton
+
+        return launch.holds(branch, x.dtype)
 
     def _read_memory(
         self, columns: Tensor, branch: MemoryBranch, state: MemoryBranchState, active: Tensor, beside: bool
     ) -> tuple[Tensor, Callable[[], None]]:
         """The readout [B, H*d] from the memory's columns of the projection, and what is left to do for the state afterwards."""
-        config = branch.config
-        if covers(config.head_dim, config.hidden) and resolve_impl("ttt_mlp_step", config.impl, columns) == "triton":
+        if self._one_kernel(branch, columns):
             from allmem_ops.inference import launch  # noqa: PLC0415 - it imports triton
 
-            if launch.holds(branch, columns.dtype):
-                return launch.memory(columns, branch, state, active, beside=beside)
+            return launch.memory(columns, branch, state, active, beside=beside)
         return branch.step_readout(columns[:, None], state, active)[:, 0], lambda: None
 
     def _attend(
@@ -268,7 +287,7 @@ class _Plain:
 
     one_chain = False
 
-    def normed_product(self, x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def normed_product(self, x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None, ahead: Sequence[Tensor] = ()) -> Tensor:  # noqa: ARG002
         return F.linear(_on(x.device, rms_norm)(x, norm.weight, norm.variance_epsilon), weight, bias)
 
     def rotated_heads(self, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -303,11 +322,21 @@ class _Kernels:
 
         return batch <= launch.MAX_BATCH and widest <= launch.MAX_INPUT
 
-    def normed_product(self, x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.launch.linear(x, weight, bias, norm=(norm.weight, norm.variance_epsilon))
+    def normed_product(self, x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None, ahead: Sequence[Tensor] = ()) -> Tensor:
+        """`ahead`: what the kernel after it reads, on its way to L2."""
+        return self.launch.linear(x, weight, bias, norm=(norm.weight, norm.variance_epsilon), ahead=ahead)
 
     def rotated_heads(self, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.launch.heads(*args)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, q_sinks: Tensor | None, window: Any, active: Tensor, scale: float, between: Callable[[], Any]
+    ) -> Tensor:
+        """`swa_step` with the launch of a kernel between its two."""
+        from allmem_ops.ops.swa import launch_step  # noqa: PLC0415 - it imports triton
+
+        buffers = window.sink_k, window.sink_v, window.ring_k, window.ring_v, window.positions
+        return launch_step.swa_step(q, k, v, q_sinks, active, *buffers, scale, between)
 
     def add_gated_product(self, x: Tensor, y: Tensor, activation: Callable[[Tensor], Tensor], down: nn.Linear) -> None:  # noqa: ARG002
         self.launch.linear(y, down.weight, down.bias, gated=True, into=x)

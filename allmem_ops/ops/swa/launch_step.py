@@ -1,6 +1,7 @@
 """Launch of the decode kernels: scratch, the number of ranges a cache is split into, pinned configs."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -48,8 +49,12 @@ def swa_step(
     ring_v: Tensor,
     positions: Tensor,
     scale: float,
+    between: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Two kernels; the cache's buffers and `positions` are changed in place."""
+    """Two kernels; the cache's buffers and `positions` are changed in place.
+
+    between: launches one kernel that may run beside the first one; it ends after that one, which the second one relies on.
+    """
     B, _, HQ, D = q.shape
     window, HK, sinks = ring_k.shape[1], ring_k.shape[2], sink_k.shape[1]
     for name, x in (("sink_k", sink_k), ("sink_v", sink_v), ("ring_k", ring_k), ("ring_v", ring_v), ("positions", positions)):
@@ -82,6 +87,8 @@ def swa_step(
     args = (q, q_sinks, *buffers, *stride_q, *stride_f, *sizes, G, D, BG, BD, config.constants["BN"], pdl, fetch)
     options = config.launch_options()
     launch_plain(swa_step_split_kernel, q.device, (HK, splits, B), args, options | early if splits > 1 else options)
+    if between is not None:
+        between()
     args = (q, k, v, *buffers, o, *stride_q, *stride_k, *stride_v, *sizes, G, D, BD, 32, BC, pdl)
     launch_plain(swa_step_merge_kernel, q.device, (-(-D // BC), HQ, B), args, {"num_warps": 4} | early)
     return o
