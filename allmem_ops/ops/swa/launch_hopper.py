@@ -65,7 +65,6 @@ def swa_hopper_forward(
     blocks = -(-Tq // span) if cu_seqlens is None else Tq // span + sequences
     packs = HQ // heads
     items = B * blocks * packs
-    counter = None if cu_seqlens is None else torch.zeros(1, dtype=torch.int32, device=q.device)
 
     def run(config: Config) -> None:
         BN = config.constants["BN"]
@@ -80,7 +79,6 @@ def swa_hopper_forward(
             o,
             lse,
             cu_seqlens,
-            counter,
             Tq,
             Tk - Tq,
             # A window or sinks beyond the sequence are the sequence: positions stay int32 in the kernel.

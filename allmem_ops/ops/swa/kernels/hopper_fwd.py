@@ -3,7 +3,7 @@
 A program stays and takes work items; an item is 128 rows: 64 positions of two query heads that share a key/value head (HEADS = 2,
 one band of 64 positions serves both), or 128 positions of one (HEADS = 1). The producer runs ahead, over the edge of an item too:
 Q of the next item and rings of key and of value tiles, each slot with a barrier for "full" and one for "free". Items come in a fixed
-stride; those of packed sequences, which differ in work, from a counter: the producer takes one, finds its sequence, and hands both over.
+stride. Of packed sequences the producer finds an item's sequence and hands both over.
 
 A consumer issues the scores of tile n and the product P V of tile n - 1 together, and does the softmax of tile n while the tensor
 cores work at P V. With PING the two warpgroups take turns at issuing, so that one's softmax falls into the other's products.
@@ -59,7 +59,7 @@ def _item(i_w, work, HEADS: gl.constexpr, PACKED: gl.constexpr):
     None or fewer rows are left where a block index lies past its sequence's end. Heads are fastest, so that items which run together
     read the same keys; then blocks from the last one, which has the most keys. By the producer: a warp.
     """
-    cu_seqlens, Tq, offset, _window, _sinks, _group, packs, blocks, sequences, _items, _counter = work
+    cu_seqlens, Tq, offset, _window, _sinks, _group, packs, blocks, sequences, _items = work
     SPAN: gl.constexpr = 2 * ROWS // HEADS
     i_h = i_w % packs
     i_m = blocks - 1 - i_w // packs % blocks
@@ -107,27 +107,6 @@ def _fetch_rows(x, i_b, row, i_h, ring, n, COUNT: gl.constexpr, D: gl.constexpr,
 
 
 @gluon.jit
-def _ask_for_item(counter, PACKED: gl.constexpr):
-    """The first half of `_next_item`, which nobody waits for."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    b_w = gl.zeros([32], gl.int32, LAYOUT)
-    if PACKED:
-        b_w = gl.atomic_add(counter + b_w, b_w + 1, mask=gl.arange(0, 32, LAYOUT) == 0, sem="relaxed")
-    return b_w
-
-
-@gluon.jit
-def _next_item(i_w, b_w, PACKED: gl.constexpr):
-    """The item after `i_w`: in a fixed stride, or, where items differ as much as documents do, the next one that nobody has."""
-    if PACKED:
-        first = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) == 0
-        i_w = gl.num_programs(0) + gl.sum(gl.where(first, b_w, 0), 0)
-    else:
-        i_w += gl.num_programs(0)
-    return i_w
-
-
-@gluon.jit
 def _producer(
     tensors,
     queries,
@@ -143,19 +122,20 @@ def _producer(
 ):
     q, k_diagonal, v_diagonal, k, v = tensors
     s_q, q_full, q_free, s_items = queries
-    _cu, _Tq, _offset, window, sinks, group, _packs, _blocks, _sequences, items, counter = work
+    _cu, _Tq, _offset, window, sinks, group, _packs, _blocks, _sequences, items = work
     SPAN: gl.constexpr = 2 * ROWS // HEADS
     n = 0  # tiles so far
     c = 0  # items so far
     i_w = gl.program_id(0)
-    i_b, i_h, begin, row, left, i0 = _item(i_w, work, HEADS, PACKED)
     while i_w < items:
-        # Both take as long as half a tile: the counter's answer is looked at, and the next item's sequence looked for, when tiles of
-        # this item are on their way.
-        b_w = _ask_for_item(counter, PACKED)
-        i_hk = i_h * HEADS // group
+        i_b, i_h, begin, row, left, i0 = _item(i_w, work, HEADS, PACKED)
+        i_w += gl.num_programs(0)
         if left > 0:
+            i_hk = i_h * HEADS // group
             band, sink_end, sink_full, _any_end, masked, full, count = stacked_tiles(i0, SPAN, window, sinks, BN)
+            # Keys do not wait for the slot of the queries, which the output before last may still be leaving.
+            j0 = begin + gl.maximum(stacked_start(0, i0, band, sink_end, sink_full, masked, full, BN), 0)
+            _fetch_rows(k, i_b, j0, i_hk, keys, n, BN, D, STAGES)
             i_q = c % 2
             mbarrier.wait(q_free.index(i_q), ((c // 2) & 1) ^ 1)
             if PACKED:
@@ -164,19 +144,17 @@ def _producer(
             for w in gl.static_range(2):
                 row_w = begin + row + w // HEADS * ROWS
                 _fetch(q, i_b, row_w, i_h * HEADS + w % HEADS, q_full.index(i_q), s_q.index(i_q * 2 + w), ROWS, D)
-            for t in range(count):
-                j0 = begin + gl.maximum(stacked_start(t, i0, band, sink_end, sink_full, masked, full, BN), 0)
+            _fetch_rows(v, i_b, j0, i_hk, values, n, BN, D, V_STAGES)
+            n += 1
+            for t in range(1, count):
+                j0 = begin + stacked_start(t, i0, band, sink_end, sink_full, masked, full, BN)
                 _fetch_rows(k, i_b, j0, i_hk, keys, n, BN, D, STAGES)
                 _fetch_rows(v, i_b, j0, i_hk, values, n, BN, D, V_STAGES)
                 n += 1
-        i_w = _next_item(i_w, b_w, PACKED)
-        next_b, next_h, next_begin, next_row, next_left, next_i0 = _item(i_w, work, HEADS, PACKED)
-        if left > 0:
             _fetch_rows(k_diagonal, i_b, begin + i0, i_hk, keys, n, SPAN, D, STAGES)
             _fetch_rows(v_diagonal, i_b, begin + i0, i_hk, values, n, SPAN, D, V_STAGES)
             n += 1
             c += 1
-        i_b, i_h, begin, row, left, i0 = next_b, next_h, next_begin, next_row, next_left, next_i0
     if PACKED:  # no further item
         i_q = c % 2
         mbarrier.wait(q_free.index(i_q), ((c // 2) & 1) ^ 1)
@@ -375,7 +353,7 @@ def _attend(
     s_q, q_full, q_free, s_items = queries
     s_k, k_full, k_free = keys
     s_v, _v_full, v_free = values
-    _cu, Tq, _offset, window, sinks, _group, packs, _blocks, _sequences, _items, _counter = work
+    _cu, Tq, _offset, window, sinks, _group, packs, _blocks, _sequences, _items = work
     i_b, i_h, begin, row, left, i0 = item
     dtype: gl.constexpr = s_q.dtype
     SPAN: gl.constexpr = 2 * ROWS // HEADS
@@ -553,7 +531,6 @@ def swa_fwd_hopper_kernel(
     p_o,
     p_lse,
     cu_seqlens,
-    counter,
     Tq,
     offset,
     window,
@@ -574,8 +551,8 @@ def swa_fwd_hopper_kernel(
     POLY: gl.constexpr,
 ):
     """q, k, v, o are descriptors of [B, T, H, D] in tiles of ROWS, SPAN = 128 / HEADS (the diagonal) and BN rows; `p_o` and `p_lse` are
-    contiguous. `group` query heads share a key/value head, `packs` = HQ / HEADS, `offset` = Tk - Tq. `counter`: int32 [1], zero; with
-    `cu_seqlens` only. SPLIT: see `_issue`. POLY: how many in eight exponentials of a tile without a mask are polynomials.
+    contiguous. `group` query heads share a key/value head, `packs` = HQ / HEADS, `offset` = Tk - Tq. SPLIT: see `_issue`. POLY:
+    how many in eight exponentials of a tile without a mask are polynomials.
     """
     PACKED: gl.constexpr = cu_seqlens is not None
     dtype: gl.constexpr = q.dtype
@@ -593,7 +570,7 @@ def swa_fwd_hopper_kernel(
         mbarrier.arrive(turns.index(0), count=1)
     tensors = (q, k_diagonal, v_diagonal, k, v)
     outputs = (o, p_o, p_lse)
-    work = (cu_seqlens, Tq, offset, window, sinks, group, packs, blocks, sequences, items, counter)
+    work = (cu_seqlens, Tq, offset, window, sinks, group, packs, blocks, sequences, items)
     gl.warp_specialize(
         [
             (
