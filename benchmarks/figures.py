@@ -12,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
+MODELS = ("Qwen3-0.6B", "Qwen3-1.7B", "SmolLM2-135M")
 OURS, FULL = "ours", "full attention, SDPA"
 STYLES = {
     OURS: ("AllMem (window 4096, 128 sinks, chunk 2048)", "C0"),
-    FULL: ("full attention (the faster of SDPA and FlexAttention)", "C3"),
+    FULL: ("full attention (the faster peer that ran)", "C3"),
 }
 DIRECTIONS = {"forward": "o--", "forward and backward": "o-"}
 
@@ -54,14 +55,18 @@ def _draw(axes: Axes, lengths: dict[int, dict], figure: str, scale: float, label
     axes.grid(visible=True, which="major", alpha=0.3)
 
 
-def token_mixer(results: dict, model: str = "Qwen3-0.6B") -> Figure:
-    """Time and extra peak memory of a token mixer against length, beside the same layer with full attention."""
-    lengths = by_length(results["contests"], model)
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    time, memory = figure.subplots(1, 2)
-    _draw(time, lengths, "ms", 1.0, f"token mixer of {model}, ms ({results['environment']['device']}, bf16)")
-    _draw(memory, lengths, "extra_peak_bytes", 2**-20, "peak memory above the input, MiB")
-    time.legend(fontsize=7)
+def token_mixer(results: dict, models: tuple[str, ...] = MODELS) -> Figure:
+    """Time and extra peak memory of token mixers against length, beside the same layers with full attention: a row a model of two lengths
+    and more.
+    """
+    found = {model: by_length(results["contests"], model) for model in models}
+    found = {model: lengths for model, lengths in found.items() if len(lengths) > 1}
+    figure = Figure(figsize=(10, 4 * len(found)), layout="constrained")
+    grid = figure.subplots(len(found), 2, squeeze=False)
+    for (time, memory), (model, lengths) in zip(grid, found.items(), strict=True):
+        _draw(time, lengths, "ms", 1.0, f"token mixer of {model}, ms ({results['environment']['device']}, bf16)")
+        _draw(memory, lengths, "extra_peak_bytes", 2**-20, "peak memory above the input, MiB")
+    grid[0][0].legend(fontsize=7)
     return figure
 
 
@@ -71,7 +76,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE.parent / "docs")
     options = parser.parse_args()
     figure = token_mixer(json.loads((options.results / "token_mixer.json").read_text()))
-    figure.savefig(options.output / "token_mixer.png", dpi=110)
+    figure.savefig(options.output / "token_mixer.png", dpi=90)
 
 
 if __name__ == "__main__":
