@@ -302,3 +302,58 @@ def test_every_head_width_and_hidden_width(impl):
         got = everything(x, impl, chunk_size=3)
         assert all(t.isfinite().all() for t in got.values())
         assert_equal_to(got, everything(x, "reference", chunk_size=3))
+
+
+def test_nan_of_later_tokens_reaches_nothing_before(impl):
+    """Not even as 0 * NaN: rows of the next chunk may lie in the last tile of a chunk."""
+    x = inputs(length=11, grad=False)
+    want = ttt_mlp(**x, chunk_size=4, impl=impl).o
+    poisoned = {name: t.clone() for name, t in x.items()}
+    for name in ("k", "v", "eta", "mu"):
+        poisoned[name][:, 4:] = torch.nan
+    got = ttt_mlp(**poisoned, chunk_size=4, impl=impl).o
+    # a chunk is read before it is written
+    assert torch.equal(got[:, :8], want[:, :8]) and got[:, 8:].isnan().all()
+
+
+def test_nan_of_a_packed_neighbour_reaches_no_value_and_no_gradient(impl):
+    x = inputs(batch=1, length=13)
+    ends = torch.tensor([0, 6, 13])
+    want = ttt_mlp(**tokens(x, 0, 6), chunk_size=4, impl=impl).o
+    of_one = torch.autograd.grad(want.square().sum(), [x[name] for name in TOKENS])
+    poisoned = {name: t.detach().clone() for name, t in x.items()}
+    for name in TOKENS:
+        poisoned[name][:, 6:] = torch.nan
+    leaves = {name: poisoned[name].requires_grad_() for name in x}
+    o = ttt_mlp(**leaves, chunk_size=4, cu_seqlens=ends, impl=impl).o
+    found = torch.autograd.grad(o[:, :6].square().sum(), [leaves[name] for name in TOKENS])
+    torch.testing.assert_close(o[:, :6], want, rtol=1e-12, atol=1e-13)
+    for a, b in zip(found, of_one, strict=True):
+        torch.testing.assert_close(a[:, :6], b[:, :6], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["w_gate", "w_up", "w_down", "m_gate", "m_up", "m_down"])
+def test_one_matrix_of_the_final_state_may_be_all_that_has_a_gradient(impl, name):
+    x = inputs(length=9)
+
+    def found(impl):
+        state = ttt_mlp(**x, chunk_size=4, impl=impl, output_final_state=True).state
+        return gradients({name: getattr(state, name)}, x)
+
+    got = found(impl)
+    assert_equal_to(got, found("reference"))
+    assert got["k"][:, :8].any() and not got["q"].any()
+
+
+def test_slices_of_hidden_units_one_by_one_are_the_whole(impl):
+    """Without a norm and a clip nothing couples them: O is the sum of the slices' and each has its own final weights."""
+    x = inputs(length=11, h=6, grad=False)
+    options = {"chunk_size": 4, "norm": "none", "residual": False, "impl": impl, "output_final_state": True}
+    whole, o = ttt_mlp(**x, **options), 0
+    for a, b in ((0, 2), (2, 6)):
+        some = x | {"w_gate": x["w_gate"][:, a:b], "w_up": x["w_up"][:, a:b], "w_down": x["w_down"][:, :, a:b]}
+        one = ttt_mlp(**some, **options)
+        o = o + one.o
+        torch.testing.assert_close(one.state.w_up, whole.state.w_up[:, :, a:b], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(one.state.m_down, whole.state.m_down[..., a:b], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(o, whole.o, rtol=1e-12, atol=1e-13)

@@ -89,6 +89,28 @@ def test_lengths_around_a_chunk(length, device):
     compare(device, torch.float32, SMALL | {"length": length}, only_o=True, chunk_size=4)
 
 
+@pytest.mark.parametrize("chunks", [1, 8, 64, 128] if CUDA else [1, 5])
+def test_errors_do_not_grow_with_the_number_of_chunks(chunks, device):
+    # within the budget of the reference at that precision, whatever the number
+    shape = {"batch": 1, "heads": 2, "length": 16 * chunks + 3, "d": 64, "h": 128} if CUDA else SMALL | {"length": 4 * chunks + 3}
+    compare(device, DTYPES[-1], shape, only_o=True, chunk_size=16 if CUDA else 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if CUDA else [torch.float32])
+def test_nan_of_a_packed_neighbour_reaches_no_gradient(dtype, device):
+    x = on(device, inputs(dtype=dtype, **SMALL | {"length": 13, "d": 64 if CUDA else 16, "h": 128 if CUDA else 16}))
+    ends = torch.tensor([0, 6, 13], device=device)
+
+    def found(x):
+        o = ttt_mlp(**x, chunk_size=4, cu_seqlens=ends, impl="triton").o[:, :6]
+        return [o, *(t[:, :6] for t in torch.autograd.grad(o.square().sum(), [x[name] for name in TOKENS]))]
+
+    poisoned = {name: t.detach().clone() for name, t in x.items()}
+    for name in TOKENS:
+        poisoned[name][:, 6:] = torch.nan
+    assert all(torch.equal(a, b) for a, b in zip(found(on(device, poisoned)), found(x), strict=True))
+
+
 @pytest.mark.skipif(CUDA, reason="each width compiles; widths for a GPU: test_widths")
 @settings(max_examples=3)
 @given(

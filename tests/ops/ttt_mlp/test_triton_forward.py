@@ -164,6 +164,19 @@ def test_causality_bit_for_bit(device):
             assert torch.equal(changed[:, :8], o[:, :8]) and not torch.equal(changed[:, 8:], o[:, 8:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_of_later_tokens_reaches_nothing_before(device, dtype):
+    """Rows of the next chunk lie in a chunk's last tile: masked when they are loaded, as 0 * NaN is NaN."""
+    x = made(device, dtype, length=23)
+    want = run(x, "triton", chunk_size=9)["o"]
+    poisoned = {name: t.clone() for name, t in x.items()}
+    for name in ("k", "v", "eta", "mu"):
+        poisoned[name][:, 9:] = torch.nan
+    got = run(poisoned, "triton", chunk_size=9)["o"]
+    # a chunk is read before it is written
+    assert torch.equal(got[:, :18], want[:, :18]) and got[:, 18:].isnan().all()
+
+
 def test_strided_inputs_among_other_data(device):
     """Views of fused and padded tensors whose other elements are NaN: nothing foreign is read and nothing is copied."""
     x = made(device, length=13)
