@@ -122,15 +122,31 @@ def test_a_step_on_the_kernels_is_the_plain_one(device, monkeypatch, family, bat
     assert_within_budget("logits", found["kernels"], found["plain"], found["exact"])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_memory_beside_attention_is_the_plain_step(device, monkeypatch):
+    """One chain of launches, with attention, memory and fold by kernels, over the end of a chunk: logits and the whole state, float32."""
+    config = tiny_config(head_dim=16, hidden_dim=16, chunk_size=3, impl="triton")
+    model = awaken(convert(tiny_model("qwen3", num_hidden_layers=1), config)).to(device)
+    ids, active, found = tokens(2, 4).to(device), torch.tensor([True, False], device=device), []
+    for parts in (packed._Plain, packed._Kernels):
+        step, cache = PackedStep(model), AllMemCache(model, 2)
+        monkeypatch.setattr(step, "_parts", lambda x, parts=parts: parts())
+        logits = [step(token, active | (i > 1), cache) for i, token in enumerate(ids.split(1, 1))]
+        layer = cache.layers[0]
+        states = (layer.window, layer.memory.memory, layer.memory.conv)
+        found.append({"logits": torch.stack(logits)} | {name: t for state in states for name, t in state.tensors().items()})
+    plain, chain = found
+    assert set(plain) == set(chain) and plain["count"].tolist() == [1, 2]
+    for name, tensor in plain.items():
+        torch.testing.assert_close(chain[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("dtype", "options"),
     [
-        {},
-        {"gate": "channel", "conv_size": 1, "qk_norm": "l2", "qk_activation": "none", "readout_norm": False},
-        {"gate": "none", "conv_size": 2, "qk_norm": "rms", "residual": not AllMemConfig().residual},
+        *((dtype, {}) for dtype in DTYPES),
+        (torch.float32, {"gate": "channel", "conv_size": 1, "qk_norm": "l2", "qk_activation": "none", "readout_norm": False}),
+        (torch.float32, {"gate": "none", "conv_size": 2, "qk_norm": "rms", "residual": not AllMemConfig().residual}),
     ],
-    ids=["defaults", "channel gate", "no gate"],
 )
 @torch.no_grad()
 def test_memory_is_the_three_kernels_it_stands_for(device, dtype, options):
@@ -142,7 +158,7 @@ def test_memory_is_the_three_kernels_it_stands_for(device, dtype, options):
     for p in branch.parameters():
         p.add_(0.1 * torch.randn_like(p))
     states = [branch.initial_state(3, dtype) for _ in range(2)]
-    for step in range(6):
+    for step in range(6):  # the chunk's end is at 4
         branch.writes = step != 3
         # columns behind those of the memory, as `PackedStep` has them
         x = torch.randn(3, branch.in_proj.out_features + 5, device=device).to(dtype)
