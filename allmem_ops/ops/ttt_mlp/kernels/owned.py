@@ -1,9 +1,8 @@
 """The write chain of `ttt_mlp` where every program owns HS hidden units of a (sequence, head) and takes all of a chunk's tokens.
 
-Its gradient is whole, so W and M stay in registers: no slabs, and one exchange a chunk, the squares of Wdown's rows. Nothing but the
-products with Wdown waits for it: it is on its way while those with Wgate and Wup are taken. All programs have to be resident, each with a
-(sequence, head) of its own: `launch_cooperative_grid=True`. The persistent form (persistent.py) splits tokens instead and takes what does
-not fit here.
+Its gradient is whole, so W and M stay in registers: no slabs, and one exchange a chunk, the squares of Wdown's rows, which only the
+products with Wdown need. All programs have to be resident, those of every (sequence, head) at once: `launch_cooperative_grid=True`. The
+persistent form (persistent.py) splits tokens instead and takes what does not fit here.
 """
 
 import triton
