@@ -6,14 +6,14 @@ import pytest
 
 from benchmarks.evaluation_gates import figures
 
-KEYS = ["full", "ntk", "window", "allmem#a", "allmem#b", "adapter", "linear"]
+KEYS = ["full", "ntk", "window", "allmem#a", "allmem#b", "allmem#c", "adapter", "linear"]
 
 
 def evaluation():
-    recovered = {"allmem#a": 0.6, "allmem#b": 0.5, "adapter": 0.3, "linear": 0.45}
-    losses = {"full": 9.0, "ntk": 2.5, "window": 2.3, "allmem#a": 2.2, "allmem#b": 2.2, "adapter": 2.25, "linear": 2.25}
+    recovered = {"allmem#a": 0.6, "allmem#b": 0.5, "allmem#c": 0.55, "adapter": 0.3, "linear": 0.45}
+    losses = {"full": 9.0, "ntk": 2.5, "window": 2.3, "allmem#a": 2.2, "allmem#b": 2.2, "allmem#c": 2.2, "adapter": 2.25, "linear": 2.25}
     needle = {key: {"rows": 9, "nll": 8.0, "accuracy": 0.1} for key in KEYS}
-    needle["allmem#a"], needle["allmem#b"] = {"rows": 9, "nll": 5.0, "accuracy": 0.5}, {"rows": 9, "nll": 6.0, "accuracy": 0.4}
+    needle |= {f"allmem#{name}": {"rows": 9, "nll": 5.0 + i / 2, "accuracy": 0.5 - i / 20} for i, name in enumerate("abc")}
     return {
         "labels": {key: key for key in KEYS},
         "rows": {"text": {"arms": {key: {"recovery": {"loss": {"value": value}}} for key, value in recovered.items()}}},
@@ -67,3 +67,10 @@ def test_parts_that_were_not_run_have_no_figure():
     for part in ("rows", "long", "needles"):
         del found[part]
     assert [f.name for f in figures(found)] == ["short text: perplexity against the original"]
+
+
+def test_retrieval_needs_three_seeds():
+    found = evaluation()
+    del found["labels"]["allmem#c"]
+    lines = [f for f in figures(found) if f.name.startswith("passkey")]
+    assert [f.passed for f in lines] == [False, False] and "there are 2" in lines[0].wanted
