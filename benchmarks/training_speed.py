@@ -21,6 +21,7 @@ One part's failure does not stop the others. Whole steps run one after another, 
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -253,6 +254,7 @@ class Bench:
         """Steps one after another, as a run makes them: the host may be ahead. `host_ms`: until it had launched a step; `peak_gib`: of
         tensors; `reserved_gib`: of the device's memory, at most; `first_s`: the first step, with what is compiled and captured there."""
         if self.cuda:
+            gc.collect()  # the graphs of the part before
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
