@@ -1,8 +1,12 @@
 """The table of what a layer launches: each kernel finds its line, and one that is not expected is not passed over."""
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.gpu.layer_table import BACKWARD, FOLDED, FORWARD, SMALL_US, rows, table
+from benchmarks.gpu.layer_table import BACKWARD, FOLDED, FORWARD, SMALL_US, report, rows, table
+
+ROOT = Path(__file__).parents[1]
 
 
 def kernels(steps: tuple, us: float = 20.0) -> list[dict]:
@@ -35,3 +39,7 @@ def test_shares_are_of_the_cards_ceilings():
     assert "| RMSNorm of x | 4096 | 20 | 20 % of copy |" in text  # 4096 bytes of 1000 tokens in 20 us: 0.2 TB/s
     assert text.endswith("kept, bytes a token: 7.")
     assert text.count("\n| product: ") == 4 + 9
+
+
+def test_the_document_shows_the_committed_results():
+    assert report(ROOT / "benchmarks" / "results" / "h100") in (ROOT / "docs" / "kernels.md").read_text()
