@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from allmem_ops import WindowCache, swa, swa_step
 from allmem_ops.ops.swa import cache as cache_module
@@ -260,6 +261,37 @@ def test_a_bad_state_dict_is_refused_with_the_reason(spoil, match):
     spoil(state)
     with pytest.raises(ValueError, match=match):
         WindowCache.from_state_dict(state)
+
+
+class Called(TorchDispatchMode):
+    """The operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_all_rows_are_copied_without_an_index():
+    # An index made on the host is a blocking copy to a GPU, in every layer of every segment that is read.
+    cache, into = filled(), filled()
+    into.reset()
+    with Called() as called:
+        into.copy_(range(3), cache, range(3))
+    assert called.names == {"aten.copy_.default"}
+    for name, tensor in cache.tensors().items():
+        assert torch.equal(into.tensors()[name], tensor), name
+    cache.ring_k.zero_()
+    assert into.ring_k.abs().sum() > 0
+    wider = empty(4, cache.window, cache.sinks)
+    wider.copy_(range(3), into, range(3))
+    assert torch.equal(wider.ring_v[:3], into.ring_v)
+    assert not wider.ring_v[3].any()
+    with pytest.raises(ValueError, match=r"`rows` must lie in \[0, 3\); got \[0, 1, 2, 3\]"):
+        into.copy_(range(4), wider, range(4))
 
 
 def test_bad_rows_and_foreign_states_are_refused():
