@@ -164,7 +164,7 @@ def work(options: argparse.Namespace, folder: Path, until: float, *, warm: bool)
         plan = replace(command.make_plan(options, piece.window, piece.chunk), parts=(piece.part,))
         try:
             found = run(model, [arms[key] for key in piece.arms], tokenizer, texts, plan)
-        except Exception:
+        except Exception:  # whatever a piece fails of: its traceback is kept and printed, and the others run
             (folder / f"{piece.name}.error").write_text(traceback.format_exc())
             print(f"{piece.name}: failed\n{traceback.format_exc()}", flush=True)
             if options.device.startswith("cuda"):

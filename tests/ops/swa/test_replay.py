@@ -12,23 +12,11 @@ from allmem_ops.ops.kernels.launcher import unchecked
 from allmem_ops.ops.kernels.replay import Recorder, traits
 from allmem_ops.ops.swa import launch_bwd
 from allmem_ops.ops.swa.launch_bwd import swa_triton_backward
+from tests.ops.kernels.launched import Kernel
 
 CUDA = torch.cuda.is_available()
 gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 CPU = torch.device("cpu")
-
-
-class Kernel:
-    """Stands for a compiled kernel: its launches' grids and arguments."""
-
-    function, packed_metadata = 1, 2
-
-    def __init__(self):
-        self.launched = []
-
-    def run(self, x, y, z, stream, function, packed, *hooks_and_args):
-        assert (stream, function, packed, *hooks_and_args[:3]) == (77, 1, 2, None, None, None)
-        self.launched.append(((x, y, z), hooks_and_args[3:]))
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +138,7 @@ class _Run:
         self.launch(x, y, z, stream, function, False, True, None, None, *args)
 
 
-@pytest.mark.skipif(not replay._PLAIN, reason="launchers of Triton 3.6, which the GPU machine has")
+@pytest.mark.skipif(not replay._PLAIN, reason="only the launchers of Triton 3.6 are called past their Python")
 @pytest.mark.usefixtures("on_a_cpu")
 def test_plain_launches_give_the_driver_what_triton_would(monkeypatch):
     from triton.backends.nvidia import driver

@@ -7,22 +7,10 @@ from triton import knobs
 from allmem_ops import ttt_mlp
 from allmem_ops.ops.ttt_mlp import replay
 from allmem_ops.ops.ttt_mlp.replay import Call
+from tests.ops.kernels.launched import Kernel
 from tests.ops.ttt_mlp.cases import inputs
 
 CUDA = torch.cuda.is_available()
-
-
-class Kernel:
-    """Stands for a compiled kernel: its launches' grids and arguments."""
-
-    function, packed_metadata = 1, 2
-
-    def __init__(self):
-        self.launched = []
-
-    def run(self, x, y, z, stream, function, packed, *hooks_and_args):
-        assert (stream, function, packed, *hooks_and_args[:3]) == (77, 1, 2, None, None, None)
-        self.launched.append(((x, y, z), hooks_and_args[3:]))
 
 
 @pytest.fixture(autouse=True)
